@@ -1,0 +1,1 @@
+"""Kernels: block formats, the NumPy reference of every kernel, and what Numba compiles."""

@@ -1,0 +1,261 @@
+"""What a node checks before it runs a program that it was sent.
+
+Compiled ops do not look where they read and write: everything that could lead them outside their
+memory is refused here. Single values have their bounds in the types of `program`.
+"""
+
+import math
+
+from pyllama_dist.config import FloatType
+from pyllama_dist.errors import ProtocolError
+from pyllama_dist.program import (
+    Add,
+    Attention,
+    Batch,
+    Buffer,
+    Cache,
+    Gather,
+    Matmul,
+    Merge,
+    Op,
+    Pipe,
+    Program,
+    Quantize,
+    RmsNorm,
+    Rope,
+    SiluMul,
+    StoreKv,
+    SyncKind,
+    Weight,
+    own_slot,
+    slots_used,
+)
+
+MAX_SEGMENTS, MAX_OPS = 4096, 65536
+
+
+def check_program(program: Program) -> None:
+    """Checks that a program is consistent.
+
+    Raises:
+        ProtocolError: naming the segment and op that is not.
+    """
+    if not program.node < program.n_nodes <= 256:
+        raise ProtocolError(f"node {program.node} of {program.n_nodes} nodes")
+    if len(program.segments) > MAX_SEGMENTS:
+        raise ProtocolError(f"{len(program.segments)} segments, at most {MAX_SEGMENTS}")
+    if sum(len(segment.ops) for segment in program.segments) > MAX_OPS:
+        raise ProtocolError(f"more than {MAX_OPS} ops")
+    names = [pipe.name for pipe in program.pipes]
+    names += [buffer.name for buffer in program.buffers]
+    names += [cache.name for cache in program.caches]
+    if len(set(names)) < len(names):
+        raise ProtocolError("two pieces of memory have the same name")
+    for pipe in program.pipes:
+        if len(pipe.widths) not in (1, program.n_nodes):
+            raise ProtocolError(f"pipe {pipe.name} has {len(pipe.widths)} slots")
+        _blocks(pipe.name, pipe.float_type, *pipe.widths)
+    for buffer in program.buffers:
+        _blocks(buffer.name, buffer.float_type, buffer.width)
+    ops = _OpCheck(program)
+    pipes = {pipe.name: pipe for pipe in program.pipes}
+    for segment in program.segments:
+        for i, op in enumerate(segment.ops):
+            try:
+                ops.check(op)
+            except ProtocolError as error:
+                kind = type(op).__name__
+                raise ProtocolError(f"segment {segment.name}, op {i} ({kind}): {error}") from None
+        for sync in segment.syncs:
+            known = pipes.get(sync.pipe)
+            if known is None:
+                raise ProtocolError(f"segment {segment.name} syncs {sync.pipe}, which is no pipe")
+            if sync.kind is not SyncKind.WITH_ROOT and len(known.widths) != program.n_nodes:
+                raise ProtocolError(f"pipe {sync.pipe} has no slot for each node")
+
+
+def check_batch(program: Program, batch: Batch) -> None:
+    """Checks that a batch fits a program.
+
+    Raises:
+        ProtocolError: naming what is out of bounds.
+    """
+    rows = len(batch.slots)
+    if not 1 <= rows <= program.max_rows or len(batch.positions) != rows:
+        raise ProtocolError(
+            f"a batch of {rows} slots and {len(batch.positions)} positions; at most "
+            f"{program.max_rows} rows"
+        )
+    if max(batch.slots) >= program.n_slots or max(batch.positions) >= program.seq_len:
+        raise ProtocolError(
+            f"slot {max(batch.slots)} of {program.n_slots}, position {max(batch.positions)} of "
+            f"{program.seq_len}"
+        )
+    if len(set(zip(batch.slots, batch.positions, strict=True))) < rows:
+        raise ProtocolError("two rows of a batch have the same slot and position")
+    if len(batch.logits) > program.max_logits or any(row >= rows for row in batch.logits):
+        raise ProtocolError(
+            f"logits of {len(batch.logits)} rows wanted; at most {program.max_logits}, of {rows}"
+        )
+
+
+def _blocks(name: str, float_type: FloatType, *widths: int) -> None:
+    if float_type not in (FloatType.F32, FloatType.Q80):
+        raise ProtocolError(f"{name} is {float_type.name}; memory is F32 or Q80")
+    if any(width % float_type.block for width in widths):
+        raise ProtocolError(f"{name} is not whole blocks of {float_type.block}")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ProtocolError(what)
+
+
+class _OpCheck:
+    """Checks ops against the memory that they name."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.memory: dict[str, Pipe | Buffer] = {pipe.name: pipe for pipe in program.pipes}
+        self.memory |= {buffer.name: buffer for buffer in program.buffers}
+        self.caches: dict[str, Cache] = {cache.name: cache for cache in program.caches}
+
+    def check(self, op: Op) -> None:
+        """Raises ProtocolError if the op would leave its memory or misread it."""
+        match op:
+            case RmsNorm():
+                width = self.f32(op.source)
+                self.same(op.source, op.target)
+                self.weight(op.weight, (1, width), FloatType.F32)
+                _require(math.isfinite(op.epsilon) and op.epsilon >= 0, "epsilon is not a number")
+            case Quantize():
+                width = self.f32(op.source)
+                _require(self.find(op.target).float_type is FloatType.Q80, "target is not Q80")
+                _require(self.width(op.target) == width, "widths differ")
+                self.same_rows(op.source, op.target)
+            case Matmul():
+                self.matmul(op)
+            case Rope():
+                width = self.f32(op.target)
+                _require(width % op.head_dim == 0, "heads are not whole")
+                _require(op.rotary_dim % 2 == 0, "rotary_dim is odd")
+                _require(op.rotary_dim <= op.head_dim, "rotary_dim is beyond the head")
+                _require(math.isfinite(op.theta) and op.theta > 0, "theta is not a number")
+                self.batch_rows(op.target)
+            case StoreKv():
+                for source, name in ((op.keys, op.key_cache), (op.values, op.value_cache)):
+                    cache = self.cache(name)
+                    _require(
+                        self.f32(source) == cache.kv_heads * cache.head_dim,
+                        f"{source} does not fill {name}",
+                    )
+                    self.batch_rows(source)
+            case Attention():
+                self.attention(op)
+            case SiluMul():
+                self.f32(op.gate)
+                self.same(op.gate, op.up)
+                self.same(op.gate, op.target)
+            case Merge():
+                self.merge(op)
+            case Add():
+                self.f32(op.source)
+                self.same(op.source, op.target)
+            case Gather():
+                _require(self.f32(op.source) == self.f32(op.target), "widths differ")
+                _require(self.find(op.source).rows == "batch", "source has no batch rows")
+                _require(self.find(op.target).rows == "logits", "target has no logits rows")
+
+    def matmul(self, op: Matmul) -> None:
+        """The input has the weight's columns and a type that goes with it."""
+        rows, cols = op.weight.shape
+        types = (FloatType.F32, FloatType.Q40, FloatType.Q80)
+        _require(op.weight.float_type in types, f"{op.weight.float_type.name} weights")
+        quantized = op.weight.float_type is not FloatType.F32
+        source = self.find(op.source)
+        _require(
+            isinstance(source, Buffer) or not quantized, "a quantized input must be a buffer"
+        )
+        _require(
+            source.float_type is (FloatType.Q80 if quantized else FloatType.F32),
+            "the input's type does not go with the weight's",
+        )
+        self.weight(op.weight, (self.f32(op.target), self.width(op.source)), op.weight.float_type)
+        if op.bias is not None:
+            self.weight(op.bias, (1, rows), FloatType.F32)
+        _require(cols % op.weight.float_type.block == 0, "columns are not whole blocks")
+        self.same_rows(op.source, op.target)
+
+    def attention(self, op: Attention) -> None:
+        """The last query head finds its key head."""
+        keys, values = self.cache(op.key_cache), self.cache(op.value_cache)
+        width = self.f32(op.query)
+        self.same(op.query, op.target)
+        self.batch_rows(op.query)
+        _require(
+            (keys.kv_heads, keys.head_dim) == (values.kv_heads, values.head_dim), "caches differ"
+        )
+        _require(width % keys.head_dim == 0, "heads are not whole")
+        heads = width // keys.head_dim
+        _require(
+            heads == 0 or (op.first + heads - 1) // op.group < keys.kv_heads,
+            f"{heads} query heads reach beyond {keys.kv_heads} key heads",
+        )
+
+    def merge(self, op: Merge) -> None:
+        """All slots are here and as wide as the target."""
+        pipe = self.find(op.source)
+        if not isinstance(pipe, Pipe):
+            raise ProtocolError(f"{op.source} is no pipe")
+        _require(set(pipe.widths) == {self.f32(op.target)}, "slots and target differ in width")
+        _require(len(slots_used(self.program, pipe)) == len(pipe.widths), "slots are not here")
+        self.same_rows(op.source, op.target)
+
+    def find(self, name: str) -> Pipe | Buffer:
+        """A pipe or buffer by its name."""
+        found = self.memory.get(name)
+        if found is None:
+            raise ProtocolError(f"{name} does not exist")
+        return found
+
+    def cache(self, name: str) -> Cache:
+        """A cache by its name."""
+        found = self.caches.get(name)
+        if found is None:
+            raise ProtocolError(f"cache {name} does not exist")
+        return found
+
+    def width(self, name: str) -> int:
+        """Values in a row of a buffer, or of this node's slot of a pipe."""
+        found = self.find(name)
+        return (
+            found.widths[own_slot(self.program, found)] if isinstance(found, Pipe) else found.width
+        )
+
+    def f32(self, name: str) -> int:
+        """The width of memory that must be float32."""
+        _require(self.find(name).float_type is FloatType.F32, f"{name} is not float32")
+        return self.width(name)
+
+    def same(self, one: str, other: str) -> None:
+        """Both are float32, equally wide, and have the same rows."""
+        _require(self.f32(one) == self.f32(other), f"{one} and {other} differ in width")
+        self.same_rows(one, other)
+
+    def same_rows(self, one: str, other: str) -> None:
+        """Both have the same kind of rows."""
+        _require(self.find(one).rows == self.find(other).rows, f"{one}, {other}: other rows")
+
+    def batch_rows(self, name: str) -> None:
+        """It has a row for each row of the batch."""
+        _require(self.find(name).rows == "batch", f"{name} has no batch rows")
+
+    @staticmethod
+    def weight(weight: Weight, shape: tuple[int, int], float_type: FloatType) -> None:
+        """The weight has this shape and type."""
+        rows, cols = weight.shape
+        _require(rows >= 0 and cols >= 0, f"{weight.tensor}: a part of negative size")
+        _require(weight.float_type is float_type, f"{weight.tensor} is {weight.float_type.name}")
+        _require(
+            weight.shape == shape, f"{weight.tensor} is {rows} x {cols}, not {shape[0]} x {shape[1]}"
+        )

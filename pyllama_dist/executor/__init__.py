@@ -1,0 +1,62 @@
+"""Runs a node's program on its memory. Two ways: `compiled`, and `reference` to step through."""
+
+import os
+from types import TracebackType
+from typing import Protocol, Self
+
+from pyllama_dist.errors import UsageError
+from pyllama_dist.executor.memory import Memory
+from pyllama_dist.program import Batch, Program
+
+
+class Executor(Protocol):
+    """What both executors offer.
+
+    A step is `begin`, then `run` for each segment in order, then `end`, also after an error.
+    """
+
+    memory: Memory
+
+    def begin(self, batch: Batch) -> None:
+        """Takes the rows that the segments will work on."""
+
+    def run(self, segment: int) -> None:
+        """Runs the ops of one segment."""
+
+    def end(self) -> None:
+        """Ends the step: threads go to sleep until the next one."""
+
+    def close(self) -> None:
+        """Ends the threads."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def make_executor(program: Program, n_threads: int) -> Executor:
+    """The executor that `PYLLAMA_KERNELS` asks for: compiled, or `reference`.
+
+    Raises:
+        UsageError: `PYLLAMA_KERNELS` is something else.
+    """
+    if kernels() == "reference":
+        from pyllama_dist.executor.reference import ReferenceExecutor
+
+        return ReferenceExecutor(program)
+    from pyllama_dist.executor.compiled import CompiledExecutor
+
+    return CompiledExecutor(program, n_threads)
+
+
+def kernels() -> str:
+    """The kernels that are asked for: "portable" or "reference"."""
+    asked = os.environ.get("PYLLAMA_KERNELS", "portable")
+    if asked not in ("portable", "reference"):
+        raise UsageError(f"PYLLAMA_KERNELS is {asked!r}; it can be 'portable' or 'reference'")
+    return asked

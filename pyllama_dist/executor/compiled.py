@@ -1,0 +1,247 @@
+"""The fast executor: a program becomes a table of ops, which compiled threads work through."""
+
+import threading
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from pyllama_kernels import oploop, team
+from pyllama_kernels.oploop import OP, Code
+
+from pyllama_dist.config import FloatType
+from pyllama_dist.executor.memory import Memory, Q80Buffer
+from pyllama_dist.program import (
+    Add,
+    Attention,
+    Batch,
+    Gather,
+    Matmul,
+    Merge,
+    Op,
+    Program,
+    Quantize,
+    RmsNorm,
+    Rope,
+    SiluMul,
+    StoreKv,
+    own_slot,
+)
+
+_MATMUL = {
+    FloatType.F32: Code.MATMUL_F32,
+    FloatType.Q40: Code.MATMUL_Q40,
+    FloatType.Q80: Code.MATMUL_Q80,
+}
+
+
+class CompiledExecutor:
+    """Runs a program with a team of threads. See `Executor`.
+
+    The calling thread leads. The others enter compiled code when a step begins, and stay there,
+    waiting between segments, until it ends; between steps they sleep.
+    """
+
+    def __init__(self, program: Program, n_threads: int) -> None:
+        self.memory = Memory(program)
+        self._n_threads = n_threads
+        self._table, self._starts = _table(program, self.memory)
+        self._state = team.new_state()
+        self._step = np.zeros(5, np.int64)
+        self._step[oploop.SLOTS] = _address(self.memory.slots)
+        self._step[oploop.POSITIONS] = _address(self.memory.positions)
+        self._step[oploop.LOGITS] = _address(self.memory.logits)
+        self._closing = False
+        self._command = 0  # of the team, when the step began
+        self._left = threading.Semaphore(0)
+        self._enter = [threading.Semaphore(0) for _ in range(n_threads - 1)]
+        self._threads = [
+            threading.Thread(target=self._follow, args=(i,), name=f"kernel-{i}", daemon=True)
+            for i in range(1, n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self, batch: Batch) -> None:
+        """Takes the rows that the segments will work on, and calls the team."""
+        self.memory.set_batch(batch)
+        self._step[oploop.N_ROWS] = self.memory.n_rows
+        self._step[oploop.N_LOGITS] = self.memory.n_logits
+        self._command = int(self._state[team.COMMAND])
+        for enter in self._enter:
+            enter.release()
+
+    def run(self, segment: int) -> None:
+        """Runs the ops of one segment."""
+        first, last = self._starts[segment], self._starts[segment + 1]
+        oploop.lead(self._table, first, last, self._step, self._state, self._n_threads)
+
+    def end(self) -> None:
+        """Ends the step: the team goes to sleep."""
+        if self._threads:
+            oploop.dismiss(self._state)
+            for _ in self._threads:
+                self._left.acquire()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._closing = True
+        for enter in self._enter:
+            enter.release()
+        for thread in self._threads:
+            thread.join()
+        self._threads, self._enter = [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _follow(self, thread: int) -> None:
+        while True:
+            self._enter[thread - 1].acquire()
+            if self._closing:
+                return
+            oploop.follow(
+                self._table, self._step, self._state, self._command, thread, self._n_threads
+            )
+            self._left.release()
+
+
+def warm_up() -> None:
+    """Compiles the op loop, or loads it from the cache."""
+    table, step, state = np.zeros(1, OP), np.zeros(5, np.int64), team.new_state()
+    oploop.lead(table, 0, 0, step, state, 1)
+    oploop.dismiss(state)
+    oploop.follow(table, step, state, 0, 1, 1)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return array.ctypes.data
+
+
+def _table(program: Program, memory: Memory) -> tuple[npt.NDArray[Any], list[int]]:
+    """The program as rows of OP, and where each segment starts (one entry more than segments)."""
+    lowering = _Lowering(program, memory)
+    rows: list[dict[str, float]] = []
+    starts = [0]
+    for segment in program.segments:
+        for op in segment.ops:
+            rows += lowering.rows(op)
+        starts.append(len(rows))
+    table = np.zeros(len(rows), OP)
+    for row, fields in zip(table, rows, strict=True):
+        for field, value in fields.items():
+            row[field] = value
+    return table, starts
+
+
+class _Lowering:
+    """Turns ops into rows of the table: names become addresses and sizes."""
+
+    def __init__(self, program: Program, memory: Memory) -> None:
+        self.program, self.memory = program, memory
+        self.kinds = {pipe.name: pipe.rows for pipe in program.pipes}
+        self.kinds |= {buffer.name: buffer.rows for buffer in program.buffers}
+        self.weights = iter(memory.weights)
+
+    def rows(self, op: Op) -> list[dict[str, float]]:
+        """The rows of one op, usually one. Weights are taken in the order of the ops."""
+        m, p = self.memory, self.program
+        match op:
+            case RmsNorm():
+                row = self.row(Code.RMS_NORM, op.target, n=self.width(op.source))
+                row |= {"a": self.at(op.source), "epsilon": op.epsilon}
+                return [row | {"w": _address(next(self.weights))}]
+            case Quantize():
+                fields = {"a": self.at(op.source), "n": self.width(op.source)}
+                if op.target in m.pipes:
+                    return [self.row(Code.PACK_Q80, op.target, **fields)]
+                scales = self.scales(op.target)
+                return [self.row(Code.QUANTIZE, op.target, out2=scales, **fields)]
+            case Matmul():
+                row = self.row(_MATMUL[op.weight.float_type], op.target)
+                row |= {"a": self.at(op.source), "w": _address(next(self.weights))}
+                row |= {"n": op.weight.shape[1], "m": op.weight.shape[0]}
+                if op.weight.float_type is not FloatType.F32:
+                    row["b"] = self.scales(op.source)
+                if op.bias is not None:
+                    row["c"] = _address(next(self.weights))
+                return [row]
+            case Rope():
+                cos, sin = m.rope[op.rotary_dim, op.theta]
+                row = self.row(Code.ROPE, op.target, n=op.head_dim, m=op.rotary_dim // 2)
+                heads = self.width(op.target) // op.head_dim
+                row |= {"heads": heads, "seq_len": p.seq_len}
+                return [row | {"c": _address(cos), "b": _address(sin)}]
+            case StoreKv():
+                return [
+                    self.row(Code.STORE, source, a=self.at(source))
+                    | self.cache(cache)
+                    | {"heads": m.caches[cache].shape[1], "out": _address(m.caches[cache])}
+                    for source, cache in (
+                        (op.keys, op.key_cache),
+                        (op.values, op.value_cache),
+                    )
+                ]
+            case Attention():
+                row = self.row(Code.ATTENTION, op.target, a=self.at(op.query))
+                row |= self.cache(op.key_cache)
+                row |= {"heads": self.width(op.query) // m.caches[op.key_cache].shape[3]}
+                row |= {"c": _address(m.caches[op.key_cache])}
+                row |= {"b": _address(m.caches[op.value_cache])}
+                return [row | {"first": op.first, "group": op.group}]
+            case SiluMul():
+                fields = {"a": self.at(op.gate), "b": self.at(op.up), "n": self.width(op.gate)}
+                return [self.row(Code.SILU_MUL, op.target, **fields)]
+            case Merge():
+                pipe = m.pipes[op.source]
+                f32 = pipe.spec.float_type is FloatType.F32
+                code = Code.MERGE_F32 if f32 else Code.MERGE_Q80
+                row = self.row(code, op.target, n=self.width(op.target))
+                row |= {"a": _address(pipe.payload(pipe.held[0], 1))}
+                return [row | {"parts": len(pipe.held), "stride": pipe.memory.shape[1]}]
+            case Add():
+                fields = {"a": self.at(op.source), "n": self.width(op.source)}
+                return [self.row(Code.ADD, op.target, **fields)]
+            case Gather():
+                fields = {"a": self.at(op.source), "n": self.width(op.source)}
+                return [self.row(Code.GATHER, op.target, **fields)]
+
+    def row(self, code: Code, target: str, **fields: float) -> dict[str, float]:
+        """A row that writes to `target`; how many rows of memory that is follows from it."""
+        logits = self.kinds[target] == "logits"
+        return {"code": code, "logits": logits, "out": self.at(target), **fields}
+
+    def at(self, name: str) -> int:
+        """Address of a buffer, or of this node's slot of a pipe."""
+        if name in self.memory.pipes:
+            pipe = self.memory.pipes[name]
+            return _address(pipe.payload(own_slot(self.program, pipe.spec), 1))
+        buffer = self.memory.buffers[name]
+        return _address(buffer.values if isinstance(buffer, Q80Buffer) else buffer)
+
+    def scales(self, name: str) -> int:
+        """Address of a Q80 buffer's scales."""
+        buffer = self.memory.buffers[name]
+        if not isinstance(buffer, Q80Buffer):
+            raise TypeError(f"{name} is not Q80")
+        return _address(buffer.scales)
+
+    def cache(self, name: str) -> dict[str, float]:
+        """The sizes of a cache."""
+        n_slots, kv_heads, seq_len, head_dim = self.memory.caches[name].shape
+        return {"n_slots": n_slots, "kv_heads": kv_heads, "seq_len": seq_len, "n": head_dim}
+
+    def width(self, name: str) -> int:
+        """Values in a row of a buffer, or of this node's slot of a pipe."""
+        if name in self.memory.pipes:
+            pipe = self.memory.pipes[name].spec
+            return pipe.widths[own_slot(self.program, pipe)]
+        return next(b.width for b in self.program.buffers if b.name == name)

@@ -1,0 +1,146 @@
+"""The control messages, as in `PROTOCOL.md`. Bounds in the types are checked on arrival."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from pyllama_dist.program import Batch, Program
+
+PROTOCOL = 1  # version of the protocol
+
+Text = Annotated[str, Meta(max_length=4096)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+NodeIndex = Annotated[int, Meta(ge=0, le=255)]
+Size = Annotated[int, Meta(ge=0, le=1 << 48)]
+Session = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Phase(StrEnum):
+    """Where a session stands."""
+
+    HELLO = "HELLO"
+    PEERS = "PEERS"
+    NET = "NET"
+    WEIGHTS = "WEIGHTS"
+    READY = "READY"
+    STEP = "STEP"
+    BYE = "BYE"
+
+
+class _Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all control messages."""
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """Root: who speaks, and the session that begins."""
+
+    protocol: int
+    version: Text
+    session: Session
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """Worker: who answers, and what it has."""
+
+    protocol: int
+    version: Text
+    n_threads: Annotated[int, Meta(ge=1, le=4096)]
+    memory: Size  # bytes available
+
+
+class Join(_Message, frozen=True, tag="join"):
+    """Root: the worker's place among the nodes."""
+
+    node: NodeIndex
+    n_nodes: Annotated[int, Meta(ge=2, le=256)]
+
+
+class Bound(_Message, frozen=True, tag="bound"):
+    """Worker: the ports on which the lower nodes reach it."""
+
+    ports: Annotated[tuple[Port, ...], Meta(max_length=256)]
+
+
+class Peers(_Message, frozen=True, tag="peers"):
+    """Root: where all nodes are, and the ports of the higher ones."""
+
+    addresses: Annotated[tuple[Text, ...], Meta(max_length=256)]
+    ports: Annotated[tuple[Port, ...], Meta(max_length=256)]
+
+
+class Link(_Message, frozen=True, tag="link"):
+    """Both ends of a data connection: who they are."""
+
+    session: Session
+    node: NodeIndex
+
+
+class Meshed(_Message, frozen=True, tag="meshed"):
+    """Worker: all its data connections stand."""
+
+
+class Net(_Message, frozen=True, tag="net"):
+    """Root: what to run, and the seconds that an exchange may take."""
+
+    program: Program
+    timeout: Annotated[float, Meta(gt=0, le=86400)]
+
+
+class Allocated(_Message, frozen=True, tag="allocated"):
+    """Worker: it has room for the weights."""
+
+    nbytes: Size
+
+
+class WeightPart(_Message, frozen=True, tag="weight"):
+    """Root: the raw frame that follows belongs into this weight at this byte."""
+
+    index: Annotated[int, Meta(ge=0, le=1 << 24)]
+    offset: Size
+
+
+class WeightsEnd(_Message, frozen=True, tag="weights_end"):
+    """Root: that was all."""
+
+
+class Ready(_Message, frozen=True, tag="ready"):
+    """Worker: it can step."""
+
+
+class Step(_Message, frozen=True, tag="step"):
+    """Root: run the program once."""
+
+    number: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    batch: Batch
+
+
+class Bye(_Message, frozen=True, tag="bye"):
+    """Root: the session is over."""
+
+
+class Error(_Message, frozen=True, tag="error"):
+    """Either: the session is over, and why."""
+
+    phase: Phase
+    message: Text
+    culprit: Text = ""
+
+
+Message = (
+    Hello
+    | Welcome
+    | Join
+    | Bound
+    | Peers
+    | Link
+    | Meshed
+    | Net
+    | Allocated
+    | WeightPart
+    | WeightsEnd
+    | Ready
+    | Step
+    | Bye
+    | Error
+)

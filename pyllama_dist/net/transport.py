@@ -1,0 +1,142 @@
+"""What a way of travelling must offer. Two do: `zeromq`, and `inproc` within one process."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pyllama_dist.errors import NodeError, UsageError
+from pyllama_dist.net.messages import Message
+
+Raw = bytes | memoryview
+
+ROOT = "the root"  # its name: it has no address
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a worker listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """`host:port`, or `[host]:port` for IPv6.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        host, _, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UsageError(f"{text!r} is not an address: write host:port, as in 10.0.0.2:9990")
+        return cls(host, int(port))
+
+
+class LostError(NodeError):
+    """A peer closed its connection, fell silent, or missed a deadline."""
+
+    def __init__(self, message: str, culprit: str) -> None:
+        super().__init__(message)
+        self.culprit = culprit
+
+
+class Channel(Protocol):
+    """Control messages to and from one peer."""
+
+    address: str
+
+    def send(self, message: Message, raw: Raw | None = None) -> None:
+        """Sends a message, with a raw frame if there is one.
+
+        Raises:
+            LostError: there is no room to send within the deadline of `HELLO`.
+        """
+
+    def receive(self, timeout: float | None) -> tuple[Message, Raw]:
+        """The next message and its raw frame (empty if it has none).
+
+        Args:
+            timeout: seconds; None waits without end.
+
+        Raises:
+            LostError: nothing came in time, or the peer is gone.
+            ProtocolError: what came is not a message.
+        """
+
+    def close(self) -> None:
+        """Ends the conversation."""
+
+
+class Mesh(Protocol):
+    """The data connections of one node to all others."""
+
+    def bind(self, nodes: Sequence[int]) -> list[int]:
+        """Listens for these nodes; returns a port for each."""
+
+    def connect(self, peers: Mapping[int, Address]) -> None:
+        """Connects to these nodes."""
+
+    def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
+        """Tells all peers who this is and checks who they are.
+
+        Args:
+            session: what all nodes of a session know.
+            node: this node.
+            names: addresses of all nodes, for errors.
+            timeout: seconds for all.
+        """
+
+    def send(self, node: int, frame: memoryview) -> None:
+        """Sends a frame; its memory may be reused at once."""
+
+    def receive(self, frames: Mapping[int, memoryview], timeout: float) -> Iterator[
+        tuple[int, int]
+    ]:
+        """Receives one frame from each of these nodes into the given memory, in any order.
+
+        Yields:
+            The node and the bytes that it sent, each as soon as it has come.
+
+        Raises:
+            LostError: a peer (any peer, not only these) is gone, or some missed the deadline.
+        """
+
+    def wait(self, channel: Channel) -> tuple[Message, Raw]:
+        """The next message of a channel, without a deadline but watching all peers.
+
+        Raises:
+            LostError: a peer is gone.
+        """
+
+    def close(self) -> None:
+        """Closes all connections."""
+
+
+class Listener(Protocol):
+    """A worker's public door."""
+
+    address: str
+
+    def accept(self) -> tuple[Channel, Message]:
+        """Waits for the first message of a peer; until the channel is closed it is the only one."""
+
+    def mesh(self) -> Mesh:
+        """A mesh that is reachable at the same host."""
+
+    def close(self) -> None:
+        """Stops listening."""
+
+
+class Dialer(Protocol):
+    """How a root reaches workers."""
+
+    def connect(self, address: Address) -> Channel:
+        """A channel to a worker."""
+
+    def mesh(self) -> Mesh:
+        """A mesh for the root."""

@@ -1,0 +1,82 @@
+"""Who gets which heads, blocks and rows. Pure arithmetic: it knows neither models nor machines.
+
+Everything is cut in whole units, as evenly as whole units allow, and the first nodes take what is
+left over. Any number of nodes works, up to the number of units of query heads.
+
+A node's key and value heads follow from its query heads: it holds those that its query heads read.
+Where a group of query heads that share one key head is cut, both nodes hold that key head.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+BLOCK = 32  # values in a quantized block: a cut through a row must fall between blocks
+
+Range = tuple[int, int]  # start, stop
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one node holds of every layer and of the head."""
+
+    heads: Range  # query heads
+    kv_heads: Range  # key and value heads, replicated where groups are cut
+    ffn: Range  # rows of gate and up, columns of down
+    vocab: Range  # rows of lm_head
+
+
+def cut(total: int, parts: int, unit: int = 1) -> tuple[Range, ...]:
+    """Cuts `total` into consecutive ranges of whole units, even to within one unit.
+
+    >>> cut(428, 3)
+    ((0, 143), (143, 286), (286, 428))
+    >>> cut(70, 2, unit=32)
+    ((0, 64), (64, 70))
+    """
+    units = -(-total // unit)
+    small, larger = divmod(units, parts)
+    stops = [small * (i + 1) + min(i + 1, larger) for i in range(parts)]
+    starts = [0, *stops[:-1]]
+    return tuple(
+        (min(a * unit, total), min(b * unit, total)) for a, b in zip(starts, stops, strict=True)
+    )
+
+
+def head_unit(head_dim: int) -> int:
+    """The fewest query heads whose width is whole blocks.
+
+    >>> head_unit(128), head_unit(16), head_unit(80)
+    (1, 2, 2)
+    """
+    return BLOCK // gcd(BLOCK, head_dim)
+
+
+def max_nodes(n_heads: int, head_dim: int) -> int:
+    """The most nodes that a model can be cut for: each needs a unit of query heads.
+
+    >>> max_nodes(32, 128), max_nodes(16, 16)
+    (32, 8)
+    """
+    return -(-n_heads // head_unit(head_dim))
+
+
+def partition(
+    *, n_heads: int, n_kv_heads: int, head_dim: int, ffn_dim: int, vocab_size: int, n_nodes: int
+) -> tuple[Share, ...]:
+    """The share of each node.
+
+    Raises:
+        ValueError: `n_nodes` is not between 1 and `max_nodes`.
+    """
+    if not 1 <= n_nodes <= max_nodes(n_heads, head_dim):
+        raise ValueError(f"{n_nodes} nodes for {max_nodes(n_heads, head_dim)} units of heads")
+    group = n_heads // n_kv_heads  # query heads that read the same key head
+    return tuple(
+        Share(heads, (heads[0] // group, (heads[1] - 1) // group + 1), ffn, vocab)
+        for heads, ffn, vocab in zip(
+            cut(n_heads, n_nodes, head_unit(head_dim)),
+            cut(ffn_dim, n_nodes, BLOCK),
+            cut(vocab_size, n_nodes),
+            strict=True,
+        )
+    )

@@ -1,0 +1,216 @@
+"""A worker: it serves one root after the other, and knows nothing of models.
+
+The phases and messages are those of `net/PROTOCOL.md`.
+"""
+
+import gc
+import logging
+from typing import TypeVar
+
+import numpy as np
+import psutil
+
+from pyllama_dist import __version__
+from pyllama_dist.check import check_batch, check_program
+from pyllama_dist.errors import NodeError, ProtocolError
+from pyllama_dist.executor import Executor, make_executor
+from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.net.messages import (
+    PROTOCOL,
+    Allocated,
+    Bound,
+    Bye,
+    Error,
+    Hello,
+    Join,
+    Message,
+    Meshed,
+    Net,
+    Peers,
+    Phase,
+    Ready,
+    Step,
+    WeightPart,
+    WeightsEnd,
+    Welcome,
+)
+from pyllama_dist.net.transport import Address, Channel, Listener, LostError, Mesh, Raw
+from pyllama_dist.node import Node
+
+log = logging.getLogger("pyllama_dist")
+
+_TALK_SECONDS = 15.0  # between messages while nodes get to know each other
+_LOAD_SECONDS = 300.0  # between messages while weights are sent: other workers may be slower
+
+_M = TypeVar("_M")
+
+
+class _RootSaidBye(Exception):
+    """The session is over in good order."""
+
+
+def serve(listener: Listener, n_threads: int) -> None:
+    """Serves roots until the listener is closed or the process is interrupted.
+
+    Args:
+        listener: where roots knock.
+        n_threads: threads that compute, at least 1.
+    """
+    while True:
+        channel, first = listener.accept()
+        _Session(channel, listener.mesh(), n_threads).run(first)
+        gc.collect()  # weights of the last session go before those of the next one come
+
+
+class _Session:
+    """One root, from its hello until it leaves."""
+
+    def __init__(self, channel: Channel, mesh: Mesh, n_threads: int) -> None:
+        self.channel, self.mesh, self.n_threads = channel, mesh, n_threads
+        self.phase = Phase.HELLO
+
+    def run(self, first: Message) -> None:
+        """Goes through the phases; whatever happens, the worker can serve the next root."""
+        try:
+            session = self.hello(first)
+            node = self.peers(session)
+            net = self.net(node)
+            with make_executor(net.program, self.n_threads) as executor:
+                self.weights(executor)
+                self.steps(Node(net.program, executor, self.mesh, net.timeout))
+        except _RootSaidBye:
+            log.info("the root said bye; listening again")
+        except LostError as lost:
+            log.warning("%s, in phase %s; listening again", lost, self.phase)
+            self.report(str(lost), lost.culprit)
+        except NodeError as error:
+            log.warning("%s, in phase %s; listening again", error, self.phase)
+            self.report(str(error))
+        except MemoryError:
+            log.warning("out of memory, in phase %s; listening again", self.phase)
+            self.report("out of memory; use more nodes or a lower --max-seq-len")
+        finally:
+            self.mesh.close()
+            self.channel.close()
+
+    def report(self, message: str, culprit: str = "") -> None:
+        """Tells the root why the session is over, if it can still hear."""
+        try:
+            self.channel.send(Error(self.phase, message[:4096], culprit))
+        except NodeError:
+            log.debug("the root did not wait for the reason")
+
+    def expect(self, kind: type[_M], timeout: float) -> _M:
+        """The next message, which must be of this kind."""
+        return self.of_kind(kind, self.channel.receive(timeout)[0])
+
+    def of_kind(self, kind: type[_M], message: Message) -> _M:
+        """The message, if it is of this kind.
+
+        Raises:
+            NodeError: the root ended the session with an error.
+            ProtocolError: it is of another kind.
+        """
+        if isinstance(message, kind):
+            return message
+        match message:
+            case Bye():
+                raise _RootSaidBye
+            case Error():
+                raise NodeError(f"the root gave up: {message.message}")
+            case _:
+                found, wanted = type(message).__name__, kind.__name__
+                raise ProtocolError(f"received {found}, expected {wanted}")
+
+    def hello(self, first: Message) -> bytes:
+        """HELLO: who is who."""
+        hello = self.of_kind(Hello, first)
+        if hello.protocol != PROTOCOL:
+            raise ProtocolError(
+                f"the root speaks protocol {hello.protocol} (pyllama-dist {hello.version}), this "
+                f"worker {PROTOCOL} (pyllama-dist {__version__}); install the same version on both"
+            )
+        memory = psutil.virtual_memory().available
+        self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory))
+        return hello.session
+
+    def peers(self, session: bytes) -> int:
+        """PEERS: connections with all other nodes. Returns this node's place."""
+        self.phase = Phase.PEERS
+        join = self.expect(Join, _TALK_SECONDS)
+        if not 0 < join.node < join.n_nodes:
+            raise ProtocolError(f"node {join.node} of {join.n_nodes} is no worker")
+        ports = self.mesh.bind(range(join.node))
+        self.channel.send(Bound(tuple(ports)))
+        peers = self.expect(Peers, _TALK_SECONDS)
+        higher = range(join.node + 1, join.n_nodes)
+        if len(peers.addresses) != join.n_nodes or len(peers.ports) != len(higher):
+            raise ProtocolError(f"{len(peers.addresses)} addresses, {len(peers.ports)} ports")
+        self.mesh.connect(
+            {
+                node: Address(Address.parse(peers.addresses[node]).host, port)
+                for node, port in zip(higher, peers.ports, strict=True)
+            }
+        )
+        self.mesh.greet(session, join.node, peers.addresses, _TALK_SECONDS)
+        self.channel.send(Meshed())
+        log.info("node %d of %d, root %s", join.node, join.n_nodes, self.channel.address)
+        return join.node
+
+    def net(self, node: int) -> Net:
+        """NET: the program, checked before anything is allocated."""
+        self.phase = Phase.NET
+        net = self.expect(Net, _LOAD_SECONDS)
+        if net.program.node != node:
+            raise ProtocolError(f"node {node} was sent the program of node {net.program.node}")
+        check_program(net.program)
+        needed, available = planned_bytes(net.program), psutil.virtual_memory().available
+        if needed > available:
+            raise NodeError(
+                f"needs {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are available; use more "
+                f"nodes, or a lower --max-seq-len"
+            )
+        return net
+
+    def weights(self, executor: Executor) -> None:
+        """WEIGHTS: each weight in its place, in order and without gaps."""
+        held = executor.memory.weights
+        self.channel.send(Allocated(sum(weight.size for weight in held)))
+        self.phase = Phase.WEIGHTS
+        filled = [0] * len(held)
+        while True:
+            message, raw = self.channel.receive(_LOAD_SECONDS)
+            if isinstance(message, WeightsEnd):
+                break
+            part = self.of_kind(WeightPart, message)
+            self.take(part, raw, executor, filled)
+        missing = [i for i, weight in enumerate(held) if filled[i] != weight.size]
+        if missing:
+            raise ProtocolError(f"{len(missing)} of {len(held)} weights are incomplete")
+        self.phase = Phase.READY
+        log.info("holding %.1f MB of weights", sum(filled) / 1e6)
+        self.channel.send(Ready())
+
+    @staticmethod
+    def take(part: WeightPart, raw: Raw, executor: Executor, filled: list[int]) -> None:
+        """Puts a part of a weight in its place."""
+        held = executor.memory.weights
+        if part.index >= len(held):
+            raise ProtocolError(f"weight {part.index} of {len(held)}")
+        end = part.offset + len(raw)
+        if part.offset != filled[part.index] or end > held[part.index].size:
+            raise ProtocolError(
+                f"weight {part.index}: bytes {part.offset} to {end} after {filled[part.index]} of "
+                f"{held[part.index].size}"
+            )
+        held[part.index][part.offset : end] = np.frombuffer(raw, np.uint8)
+        filled[part.index] = end
+
+    def steps(self, node: Node) -> None:
+        """STEP after STEP, until the root says bye."""
+        while True:
+            step = self.of_kind(Step, self.mesh.wait(self.channel)[0])
+            self.phase = Phase.STEP
+            check_batch(node.program, step.batch)
+            node.step(step.number, step.batch)
+            self.phase = Phase.READY
