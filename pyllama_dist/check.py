@@ -173,9 +173,7 @@ class _OpCheck:
         _require(op.weight.float_type in types, f"{op.weight.float_type.name} weights")
         quantized = op.weight.float_type is not FloatType.F32
         source = self.find(op.source)
-        _require(
-            isinstance(source, Buffer) or not quantized, "a quantized input must be a buffer"
-        )
+        _require(isinstance(source, Buffer) or not quantized, "a quantized input must be a buffer")
         _require(
             source.float_type is (FloatType.Q80 if quantized else FloatType.F32),
             "the input's type does not go with the weight's",
@@ -257,5 +255,6 @@ class _OpCheck:
         _require(rows >= 0 and cols >= 0, f"{weight.tensor}: a part of negative size")
         _require(weight.float_type is float_type, f"{weight.tensor} is {weight.float_type.name}")
         _require(
-            weight.shape == shape, f"{weight.tensor} is {rows} x {cols}, not {shape[0]} x {shape[1]}"
+            weight.shape == shape,
+            f"{weight.tensor} is {rows} x {cols}, not {shape[0]} x {shape[1]}",
         )

@@ -71,8 +71,8 @@ class ModelConfig:
 class Tensor:
     """One tensor of a model: its place in the `.m` file is its place in the list.
 
-    `source` names the checkpoint's tensors that it may come from, the first one present wins (a tied
-    head falls back to the embedding); `source_rows` cuts it out of a fused one.
+    `source` names the checkpoint's tensors that it may come from, the first one present wins (a
+    tied head falls back to the embedding); `source_rows` cuts it out of a fused one.
     """
 
     name: str

@@ -18,7 +18,7 @@ class UsageError(PyllamaError):
 
 
 class FileError(PyllamaError):
-    """A model, checkpoint or tokenizer file is missing, damaged or of a kind that is not supported."""
+    """A model, checkpoint or tokenizer file is missing, damaged, or of a kind not supported."""
 
     exit_code = 3
 

@@ -47,7 +47,7 @@ class Buffer(_Part, frozen=True):
 
 
 class Cache(_Part, frozen=True):
-    """Keys or values of one layer, float32 [slots, kv_heads, seq_len, head_dim], kept over steps."""
+    """Keys or values of one layer, float32 [slots, kv_heads, seq_len, head_dim]."""
 
     name: Name
     kv_heads: Count
@@ -159,18 +159,7 @@ class Gather(_Part, frozen=True, tag="gather"):
     target: Name
 
 
-Op = (
-    RmsNorm
-    | Quantize
-    | Matmul
-    | Rope
-    | StoreKv
-    | Attention
-    | SiluMul
-    | Merge
-    | Add
-    | Gather
-)
+Op = RmsNorm | Quantize | Matmul | Rope | StoreKv | Attention | SiluMul | Merge | Add | Gather
 
 
 class SyncKind(StrEnum):
@@ -240,7 +229,7 @@ def slots_used(program: Program, pipe: Pipe) -> tuple[int, ...]:
 
 
 def weights(program: Program) -> Iterator[Weight]:
-    """The weights of all ops, in the order of the ops: the wire names a weight by its place here."""
+    """The weights of all ops, in their order: the wire names a weight by its place here."""
     for segment in program.segments:
         for op in segment.ops:
             match op:

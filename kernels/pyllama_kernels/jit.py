@@ -19,6 +19,7 @@ import numba
 from numba.core import config as numba_config
 from platformdirs import user_cache_path
 
+
 def _fingerprint() -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):

@@ -62,9 +62,7 @@ int64_pointer = _pointer_to(types.int64)
 def _element(context, builder, array_type, array, index):
     """Pointer to `array[index]` of a one-dimensional int64 array."""
     data = context.make_array(array_type)(context, builder, array)
-    return cgutils.get_item_pointer(
-        context, builder, array_type, data, [index], wraparound=False
-    )
+    return cgutils.get_item_pointer(context, builder, array_type, data, [index], wraparound=False)
 
 
 @intrinsic

@@ -1,6 +1,9 @@
 """Runs a node's program on its memory. Two ways: `compiled`, and `reference` to step through."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -60,3 +63,25 @@ def kernels() -> str:
     if asked not in ("portable", "reference"):
         raise UsageError(f"PYLLAMA_KERNELS is {asked!r}; it can be 'portable' or 'reference'")
     return asked
+
+
+def prepare(notice: Callable[[str], None]) -> None:
+    """Has the kernels ready: from the cache, or compiled now.
+
+    Compiling is left to a process of its own, so that the compiler's memory goes with it.
+
+    Args:
+        notice: told what is going on, if it takes time.
+    """
+    if kernels() == "reference":
+        return
+    from pyllama_dist.executor.compiled import warm_up
+    from pyllama_kernels.jit import CACHE
+
+    done = None if CACHE is None else CACHE / "complete"
+    if done is not None and not done.exists():
+        notice("compiling kernels for this CPU, once; this takes some ten seconds")
+        command = [sys.executable, "-c", f"from {warm_up.__module__} import warm_up; warm_up()"]
+        if subprocess.run(command, check=False).returncode == 0:
+            done.touch()
+    warm_up()

@@ -6,8 +6,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pyllama_kernels import oploop, team
-from pyllama_kernels.oploop import OP, Code
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor.memory import Memory, Q80Buffer
@@ -27,6 +25,8 @@ from pyllama_dist.program import (
     StoreKv,
     own_slot,
 )
+from pyllama_kernels import oploop, team
+from pyllama_kernels.oploop import OP, Code
 
 _MATMUL = {
     FloatType.F32: Code.MATMUL_F32,

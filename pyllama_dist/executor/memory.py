@@ -100,9 +100,7 @@ class Memory:
         self.pipes = {pipe.name: self._pipe(pipe) for pipe in program.pipes}
         self.buffers = {buffer.name: self._buffer(buffer) for buffer in program.buffers}
         self.caches = {cache.name: self._cache(cache) for cache in program.caches}
-        self.weights: list[U8] = [
-            _zeros((weight.nbytes,), np.uint8) for weight in weights(program)
-        ]
+        self.weights: list[U8] = [_zeros((weight.nbytes,), np.uint8) for weight in weights(program)]
         self.rope: dict[tuple[int, float], tuple[F32, F32]] = {
             (op.rotary_dim, op.theta): rope_tables(program.seq_len, op.rotary_dim, op.theta)
             for segment in program.segments

@@ -5,7 +5,6 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from pyllama_kernels import reference as kernels
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor.memory import F32, U8, Memory, Q80Buffer
@@ -27,6 +26,7 @@ from pyllama_dist.program import (
     own_slot,
     weights,
 )
+from pyllama_kernels import reference as kernels
 
 
 class ReferenceExecutor:

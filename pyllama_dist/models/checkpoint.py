@@ -17,7 +17,9 @@ _INERT: dict[str, tuple[object, ...]] = {
 def _number(hf: Mapping[str, object], key: str, low: float, high: float) -> float:
     value = hf.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FileError(f"config.json: {key} is {value!r}, expected a number; is the file complete?")
+        raise FileError(
+            f"config.json: {key} is {value!r}, expected a number; is the file complete?"
+        )
     if not low <= value <= high:
         raise FileError(f"config.json: {key} is {value}, expected {low:g} to {high:g}")
     return value
@@ -36,8 +38,8 @@ def _rope(hf: Mapping[str, object]) -> dict[str, object]:
         kind = group.get("rope_type", group.get("type", "default"))
         if kind != "default":
             raise FileError(
-                f"config.json: {key} asks for rope scaling of type {kind!r}, which is not implemented"
-                f"; remove it from config.json to run without scaling up to the trained length"
+                f"config.json: {key} asks for rope scaling of type {kind!r}, which is not "
+                f"implemented; remove it from config.json to run without scaling up to the trained length"
             )
         fields |= {key: group[key] for key in fields if group.get(key) is not None}
     return fields

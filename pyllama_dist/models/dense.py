@@ -68,9 +68,23 @@ def dense_tensors(c: ModelConfig, norms: tuple[str, ...]) -> list[Tensor]:
             add(attn + "v_proj.bias", c.kv_dim)
         # The checkpoint fuses gate and up into one matrix, gate first.
         fused, f = mlp + "gate_up_proj.weight", c.ffn_dim
-        add(mlp + "gate_proj.weight", f, c.dim, float_type=c.weights, source=fused, source_rows=(0, f))
+        add(
+            mlp + "gate_proj.weight",
+            f,
+            c.dim,
+            float_type=c.weights,
+            source=fused,
+            source_rows=(0, f),
+        )
         add(mlp + "down_proj.weight", c.dim, f, float_type=c.weights)
-        add(mlp + "up_proj.weight", f, c.dim, float_type=c.weights, source=fused, source_rows=(f, 2 * f))
+        add(
+            mlp + "up_proj.weight",
+            f,
+            c.dim,
+            float_type=c.weights,
+            source=fused,
+            source_rows=(f, 2 * f),
+        )
         for norm in norms:
             add(f"layers.{layer}.{norm}.weight", c.dim)
     add("norm.weight", c.dim)

@@ -1,4 +1,4 @@
-"""The exchanges of a step. All nodes call them in the same order: everybody sends, then receives."""
+"""The exchanges of a step. All nodes make them in the same order: first they send."""
 
 from typing import Protocol
 

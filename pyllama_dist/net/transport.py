@@ -94,9 +94,9 @@ class Mesh(Protocol):
     def send(self, node: int, frame: memoryview) -> None:
         """Sends a frame; its memory may be reused at once."""
 
-    def receive(self, frames: Mapping[int, memoryview], timeout: float) -> Iterator[
-        tuple[int, int]
-    ]:
+    def receive(
+        self, frames: Mapping[int, memoryview], timeout: float
+    ) -> Iterator[tuple[int, int]]:
         """Receives one frame from each of these nodes into the given memory, in any order.
 
         Yields:

@@ -1,0 +1,145 @@
+"""A conversation: messages to tokens, tokens to an engine, tokens back to text."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyllama_dist.engine import Engine, Generation
+from pyllama_dist.errors import UsageError
+from pyllama_dist.formats.json_file import read_object
+from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.sampler import Sampler, Sampling
+from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.tokenizer import Tokenizer
+
+DEFAULT = Sampling()
+Message = dict[str, object]  # role and content
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model's directory, opened."""
+
+    name: str
+    file: ModelFile
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: Sampling  # what its generation_config.json asks for
+
+    def sampling(self, temperature: float | None, topp: float | None, seed: int | None) -> Sampling:
+        """The model's sampling, with what the user gave instead."""
+        return Sampling(
+            self.defaults.temperature if temperature is None else temperature,
+            self.defaults.topp if topp is None else topp,
+            seed,
+        )
+
+
+@contextmanager
+def open_model(directory: Path) -> Iterator[ModelParts]:
+    """Opens a directory made by `convert`.
+
+    Raises:
+        FileError: a file is missing or damaged.
+    """
+    with ModelFile.open(directory / "model.m", ARCHITECTURES) as file:
+        tokenizer = Tokenizer.open(directory)
+        template = ChatTemplate.open(directory, tokenizer)
+        config = directory / "generation_config.json"
+        defaults = _defaults(read_object(config)) if config.exists() else DEFAULT
+        yield ModelParts(directory.resolve().name, file, tokenizer, template, defaults)
+
+
+def _defaults(config: dict[str, object]) -> Sampling:
+    """Sampling as Hugging Face's generation_config.json says it."""
+    if config.get("do_sample") is False:
+        return Sampling(temperature=0.0)
+    temperature, topp = config.get("temperature"), config.get("top_p")
+    return Sampling(
+        float(temperature) if isinstance(temperature, int | float) else DEFAULT.temperature,
+        float(topp) if isinstance(topp, int | float) else DEFAULT.topp,
+    )
+
+
+class Answer:
+    """One answer as it comes: iterate for pieces of text; afterwards look at the rest."""
+
+    def __init__(self, parts: ModelParts, prompt: list[int], generation: Generation) -> None:
+        self.prompt, self.generation = prompt, generation
+        self.tokens: list[int] = []
+        self.text = ""
+        self._stream = parts.tokenizer.stream()
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self.generation:
+            self.tokens.append(token)
+            yield from self._piece(self._stream.push(token))
+        yield from self._piece(self._stream.flush())
+
+    def _piece(self, text: str) -> Iterator[str]:
+        # Templates end a prompt before the line break with which an answer begins.
+        piece = text if self.text else text.lstrip("\n")
+        self.text += piece
+        if piece:
+            yield piece
+
+
+class Conversation:
+    """Messages so far, and the engine that answers them."""
+
+    def __init__(
+        self, parts: ModelParts, engine: Engine, sampling: Sampling, system: str | None = None
+    ) -> None:
+        if system is not None and parts.template is None:
+            raise UsageError(f"{parts.name} has no chat template, so it takes no system message")
+        self.parts, self.engine = parts, engine
+        self._choose = Sampler(sampling, parts.tokenizer.vocab_size)
+        self._system: list[Message] = []
+        if system is not None:
+            self._system.append({"role": "system", "content": system})
+        self.messages = list(self._system)
+
+    def clear(self) -> None:
+        """Forgets what was said."""
+        self.messages = list(self._system)
+
+    def ask(
+        self,
+        text: str,
+        steps: int = 0,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """Begins an answer; `remember` it when it has come, for the next question.
+
+        Args:
+            text: what the user says.
+            steps: positions in all, prompt included; 0 for no limit but the context.
+            interrupted: asked between tokens; a true answer ends the answer.
+
+        Raises:
+            UsageError: the conversation does not fit the context, or the template refuses it.
+        """
+        tokenizer = self.parts.tokenizer
+        if self.parts.template is None:
+            prompt = tokenizer.encode_raw(text)
+        else:
+            question: Message = {"role": "user", "content": text}
+            rendered = self.parts.template.render([*self.messages, question])
+            prompt = tokenizer.encode_template(rendered)
+        if steps and steps <= len(prompt):
+            raise UsageError(f"--steps {steps} leaves no room: the prompt has {len(prompt)} tokens")
+        generation = self.engine.generate(
+            prompt,
+            self._choose,
+            tokenizer.eos_ids,
+            max_tokens=steps - len(prompt) if steps else None,
+            interrupted=interrupted,
+        )
+        self.messages.append({"role": "user", "content": text})
+        return Answer(self.parts, prompt, generation)
+
+    def remember(self, answer: Answer) -> None:
+        """Keeps an answer as part of the conversation."""
+        self.messages.append({"role": "assistant", "content": answer.text})

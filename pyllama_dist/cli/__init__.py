@@ -1,0 +1,72 @@
+"""The command line. Each command is a file here; only the one that is called is imported."""
+
+import importlib
+import logging
+import sys
+
+import click
+
+from pyllama_dist import __version__
+from pyllama_dist.errors import PyllamaError
+
+_COMMANDS = {
+    "root": "Ask a model: one answer, or a chat.",
+    "worker": "Serve a root with this machine's cores and memory.",
+    "convert": "Make a model from a Hugging Face checkpoint.",
+    "inspect": "Show what is in a model.",
+    "logits": "Write the logits of a sequence of tokens.",
+    "tokenize": "Show the tokens of a text.",
+}
+_INTERRUPTED = 130  # what shells report for a program ended by ^C
+
+
+class _Lazy(click.Group):
+    """Imports a command only when it is called: a worker starts without the root's libraries."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"pyllama_dist.cli.{name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pyllama-dist")
+@click.option("--debug", is_flag=True, envvar="PYLLAMA_DIST_DEBUG", help="Show tracebacks.")
+def group(debug: bool) -> None:
+    """Distributed inference of GLM language models on clusters of CPUs."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("numba").setLevel(logging.WARNING)
+
+
+def main() -> None:
+    """Runs a command; errors that a user can cause are one line and an exit code."""
+    debug = "--debug" in sys.argv[1:2]
+    try:
+        sys.exit(group(prog_name="pyllama-dist", standalone_mode=False))
+    except PyllamaError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # who read our output has gone: nothing is left to say
+        sys.exit(1)

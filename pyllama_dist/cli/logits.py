@@ -1,0 +1,53 @@
+"""`pyllama-dist logits`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyllama_dist.cli.options import (
+    BUILTIN,
+    SpaceSeparated,
+    cluster_options,
+    make_cluster,
+    option,
+    progress_bar,
+)
+from pyllama_dist.errors import UsageError
+
+
+@click.command("logits", cls=SpaceSeparated)
+@cluster_options
+@option("--tokens", required=True, metavar="ID,ID,...", help="The sequence.")
+@option("--out", required=True, type=click.Path(path_type=Path), help="File to write, .npy.")
+def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any) -> None:
+    """Write the logits of a sequence of tokens: float32 [tokens, vocab], as NumPy's .npy."""
+    import numpy as np
+
+    from pyllama_dist.cluster import open_root
+    from pyllama_dist.engine import Engine
+    from pyllama_dist.formats.model_file import ModelFile
+    from pyllama_dist.models import ARCHITECTURES
+
+    cluster = make_cluster(**cluster_settings)
+    with ModelFile.open((model or BUILTIN) / "model.m", ARCHITECTURES) as file:
+        ids = _ids(tokens, file.config.vocab_size)
+        with (
+            progress_bar("weights") as progress,
+            open_root(file, cluster, progress) as root,
+        ):
+            logits = Engine(root).logits(ids)
+    try:
+        with out.open("wb") as target:
+            np.save(target, logits)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    click.echo(f"{out}: float32 {list(logits.shape)}")
+
+
+def _ids(text: str, vocab_size: int) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not part.isdecimal() or int(part) >= vocab_size]
+    if wrong:
+        raise UsageError(f"--tokens: {wrong[0]!r} is no token id from 0 to {vocab_size - 1}")
+    return [int(part) for part in parts]

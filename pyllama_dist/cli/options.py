@@ -1,0 +1,152 @@
+"""Options that several commands share. Each also reads its `PYLLAMA_DIST_...` variable."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pyllama_dist.cluster import Cluster
+from pyllama_dist.config import FloatType
+from pyllama_dist.net.transport import Address
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+
+
+def option(flag: str, *names: str, **settings: Any) -> Callable[[_F], _F]:
+    """A click option that also reads `PYLLAMA_DIST_<FLAG>`."""
+    variable = "PYLLAMA_DIST_" + flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(flag, *names, envvar=variable, **settings)
+
+
+class SpaceSeparated(click.Command):
+    """A command whose `--workers` takes several values after one flag, as distributed-llama's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeats the flag before each value, which is how click wants it."""
+        return super().parse_args(ctx, list(_repeat("--workers", args)))
+
+
+def _repeat(flag: str, args: Sequence[str]) -> Iterator[str]:
+    """Writes `--flag a b` as `--flag a --flag b`.
+
+    >>> list(_repeat("--w", ["--w", "a", "b", "--n", "1"]))
+    ['--w', 'a', '--w', 'b', '--n', '1']
+    """
+    taking = first = False
+    for arg in args:
+        if arg == flag:
+            taking = first = True
+        elif arg.startswith("-"):
+            taking = False
+        elif taking and not first:
+            yield flag
+        else:
+            first = False
+        yield arg
+
+
+def cluster_options(command: _F) -> _F:
+    """The options that say which nodes run a model, and how."""
+    for decorate in reversed(
+        [
+            option(
+                "--model",
+                type=click.Path(path_type=Path),
+                help="Directory made by `convert`. Without it the built-in demonstration answers.",
+            ),
+            option(
+                "--workers",
+                multiple=True,
+                metavar="HOST:PORT...",
+                help="Workers on other machines.",
+            ),
+            option(
+                "--local-workers",
+                type=click.IntRange(0, 255),
+                default=0,
+                help="Workers to start on this machine, and to end with the root.",
+            ),
+            option(
+                "--nthreads",
+                type=click.IntRange(1, 1024),
+                help="Threads of each node on this machine. [default: the cores, shared out]",
+            ),
+            option(
+                "--buffer-float-type",
+                type=click.Choice(["q80", "f32"]),
+                default="q80",
+                show_default=True,
+                help="How partial sums travel between nodes.",
+            ),
+            option(
+                "--max-seq-len",
+                type=click.IntRange(min=1),
+                help="Positions of the context. [default: the model's, at most 8192]",
+            ),
+            option(
+                "--timeout",
+                type=click.FloatRange(min=0.1, max=86400),
+                default=60.0,
+                show_default=True,
+                help="Seconds that nodes wait for each other in a step.",
+            ),
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+def make_cluster(
+    workers: Sequence[str],
+    local_workers: int,
+    nthreads: int | None,
+    buffer_float_type: str,
+    max_seq_len: int | None,
+    timeout: float,
+) -> Cluster:
+    """The cluster that `cluster_options` describe.
+
+    Raises:
+        UsageError: a worker's address is none.
+    """
+    return Cluster(
+        workers=tuple(Address.parse(worker) for worker in workers),
+        local_workers=local_workers,
+        n_threads=nthreads,
+        sync=FloatType[buffer_float_type.upper()],
+        max_seq_len=max_seq_len,
+        timeout=timeout,
+        notice=lambda text: click.echo(text, err=True),
+    )
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere; it is told bytes done and bytes in all."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, advance=done, total=total)

@@ -1,0 +1,189 @@
+"""Brings up a root with its workers, here or elsewhere, and takes everything down again."""
+
+import logging
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import IO
+
+import psutil
+
+from pyllama_dist.config import FloatType, ModelConfig
+from pyllama_dist.errors import NodeError, UsageError
+from pyllama_dist.executor import prepare
+from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.models.plan import Plan
+from pyllama_dist.net.transport import Address, Dialer
+from pyllama_dist.partition import max_nodes, partition
+from pyllama_dist.program import Program, weights
+from pyllama_dist.root import Root
+
+log = logging.getLogger("pyllama_dist")
+
+MAX_ROWS = 32  # rows of a batch while a prompt is read, as in distributed-llama
+MAX_LOGITS = 8  # rows of a batch whose logits can be asked for
+DEFAULT_SEQ_LEN = 8192  # the cache of a longer context is taken only when asked for
+
+_START_SECONDS = 120.0  # for a worker on this machine; compiling kernels comes before
+_END_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a user asks for."""
+
+    workers: tuple[Address, ...] = ()
+    local_workers: int = 0
+    n_threads: int | None = None  # of each node on this machine; None: share out the cores
+    sync: FloatType = FloatType.Q80
+    max_seq_len: int | None = None
+    timeout: float = 60.0
+    notice: Callable[[str], None] = field(default=lambda text: None)
+
+    @property
+    def n_nodes(self) -> int:
+        """Root and workers."""
+        return 1 + len(self.workers) + self.local_workers
+
+
+def available_cores() -> int:
+    """Cores that this process may use, not counting hyperthreads."""
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
+    """The program of each node.
+
+    Raises:
+        UsageError: the model cannot be cut for so many nodes, or not be synchronised in Q80.
+    """
+    most, n = max_nodes(config.n_heads, config.head_dim), cluster.n_nodes
+    if n > most:
+        raise UsageError(
+            f"{n} nodes, and this model has query heads for at most {most}; use fewer workers"
+        )
+    if cluster.sync is FloatType.Q80 and n > 1 and config.dim % 32:
+        raise UsageError(
+            f"a model of dim {config.dim} has no whole Q80 blocks; add --buffer-float-type f32"
+        )
+    shares = partition(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        n_nodes=n,
+    )
+    seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
+    plan = Plan(shares, cluster.sync, MAX_ROWS, MAX_LOGITS, n_slots=1, seq_len=seq_len)
+    return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
+
+
+@contextmanager
+def open_root(
+    model: ModelFile, cluster: Cluster, progress: Callable[[int, int], None]
+) -> Iterator[Root]:
+    """A root whose workers are ready; at the end everything that was started is ended.
+
+    Args:
+        model: the model file.
+        cluster: the nodes.
+        progress: told the bytes of weights just placed and those of all nodes together.
+
+    Raises:
+        UsageError: the model cannot be cut like that, or does not fit this machine.
+        NodeError: a worker cannot be reached, refuses, or is lost.
+    """
+    plans = programs(model.config, cluster)
+    needed, available = planned_bytes(plans[0]), psutil.virtual_memory().available
+    if needed > available:
+        raise UsageError(
+            f"the root needs {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are available; use "
+            f"more workers, or a lower --max-seq-len"
+        )
+    total = sum(weight.nbytes for program in plans for weight in weights(program))
+    n_threads = cluster.n_threads or max(1, available_cores() // (1 + cluster.local_workers))
+    prepare(cluster.notice)
+    with ExitStack() as stack:
+        local = stack.enter_context(_local_workers(cluster.local_workers, n_threads))
+        dialer = stack.enter_context(_dialer()) if cluster.n_nodes > 1 else None
+        yield stack.enter_context(
+            Root(
+                model,
+                plans,
+                n_threads=n_threads,
+                timeout=cluster.timeout,
+                dialer=dialer,
+                workers=(*cluster.workers, *local),
+                progress=lambda nbytes: progress(nbytes, total),
+            )
+        )
+
+
+@contextmanager
+def _dialer() -> Iterator[Dialer]:
+    from pyllama_dist.net.zeromq import ZmqDialer
+
+    dialer = ZmqDialer()
+    try:
+        yield dialer
+    finally:
+        dialer.close()
+
+
+@contextmanager
+def _local_workers(count: int, n_threads: int) -> Iterator[Sequence[Address]]:
+    """Workers on this machine, in processes of their own, each on a free port of the loopback."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(_local_worker(n_threads)) for _ in range(count)]
+        yield [_address(process, errors) for process, errors in started]
+
+
+@contextmanager
+def _local_worker(n_threads: int) -> Iterator[tuple["subprocess.Popen[str]", IO[str]]]:
+    """One worker. It ends when its standard input closes: also if this process is killed."""
+    command = [sys.executable, "-m", "pyllama_dist", "worker", "--attached"]
+    command += ["--host", "127.0.0.1", "--port", "0", "--nthreads", str(n_threads)]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # ^C is for the root, which then ends its workers
+        )
+        try:
+            yield process, errors
+        finally:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _address(process: "subprocess.Popen[str]", errors: IO[str]) -> Address:
+    """Where a worker listens: the first line that it prints."""
+    if process.stdout is None:
+        raise TypeError("a worker without a pipe")
+    ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
+    line = process.stdout.readline() if ready else ""
+    if not line.strip().isdecimal():
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+        raise NodeError(f"a local worker did not start: {said[-1] if said else 'it said nothing'}")
+    return Address("127.0.0.1", int(line))

@@ -1,0 +1,78 @@
+"""The text files beside `model.m`: tokenizer, chat template, generation config."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyllama_dist.errors import FileError
+from pyllama_dist.formats.json_file import read_object
+
+
+def companion_files(
+    checkpoint_dir: Path, config: Mapping[str, object], warnings: list[str]
+) -> dict[str, bytes]:
+    """The text files of a model directory, by name.
+
+    Args:
+        checkpoint_dir: where they come from.
+        config: the checkpoint's `config.json`.
+        warnings: gets a line for each that the checkpoint does not have.
+
+    Raises:
+        FileError: one of the files is there but damaged.
+    """
+    files: dict[str, bytes] = {}
+    tokenizer = _read(checkpoint_dir / "tokenizer.json")
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
+    else:
+        warnings.append("the checkpoint has no tokenizer.json: the model cannot read text")
+    template = _chat_template(checkpoint_dir)
+    if template is not None:
+        files["chat_template.jinja"] = template
+    else:
+        warnings.append("the checkpoint has no chat template: the model cannot chat")
+    generation = _generation_config(checkpoint_dir, config)
+    if not generation["eos_token_id"]:
+        warnings.append("the checkpoint names no eos_token_id: answers do not end by themselves")
+    files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
+    return files
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}; make it a readable file") from error
+
+
+def _chat_template(checkpoint_dir: Path) -> bytes | None:
+    """The chat template: a file, or in `tokenizer_config.json` as a string or named "default"."""
+    text = _read(checkpoint_dir / "chat_template.jinja")
+    file = checkpoint_dir / "tokenizer_config.json"
+    if text is not None or not file.exists():
+        return text
+    template = read_object(file).get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+    return template.encode() if isinstance(template, str) else None
+
+
+def _generation_config(checkpoint_dir: Path, config: Mapping[str, object]) -> dict[str, object]:
+    """The checkpoint's generation config, with the end-of-text tokens of `config.json` too."""
+    file = checkpoint_dir / "generation_config.json"
+    generation = read_object(file) if file.exists() else {}
+    eos: list[int] = []
+    for name, source in ((file.name, generation), ("config.json", config)):
+        ids = source.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise FileError(
+                    f"{checkpoint_dir / name}: eos_token_id is {ids!r}, expected whole numbers; "
+                    f"correct it"
+                )
+            eos.append(token)
+    return generation | {"eos_token_id": list(dict.fromkeys(eos))}

@@ -1,0 +1,1 @@
+"""Text in and out: the tokenizer, the chat template, and decoding token by token."""

@@ -1,0 +1,53 @@
+"""Reading the text files of a model directory, with errors a user understands."""
+
+import json
+from pathlib import Path
+
+from pyllama_dist.errors import FileError
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's exception without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The UTF-8 text of a file of at most `limit` bytes.
+
+    Raises:
+        FileError: the file is missing, unreadable, larger than `limit`, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise FileError(
+            f"{path} does not exist; convert the checkpoint again or copy the file from it"
+        ) from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+    if len(data) > limit:
+        raise FileError(f"{path} is larger than {limit:,} bytes; it is not a file of this kind")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path} is not UTF-8 text at byte {error.start}; copy it again from the checkpoint"
+        ) from None
+
+
+def read_json(path: Path, limit: int) -> dict[str, object]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises:
+        FileError: as `read_text`, or the file is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f"{path} is damaged: {one_line(error)}; copy it again from the checkpoint"
+        ) from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path} holds a JSON {type(value).__name__}; an object was expected")
+    return value

@@ -1,0 +1,234 @@
+"""The checkpoint's own tokenizer, through the tokenizers library."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyllama_dist.errors import FileError, UsageError
+from pyllama_dist.text.detokenize import DetokenizeStream, byte_alphabet
+from pyllama_dist.text.files import one_line, read_json
+from pyllama_dist.text.special import MARK, Rendered, well_formed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
+TOKENIZER_LIMIT = 256 << 20  # bytes; GLM's file has 20 MB
+CONFIG_LIMIT = 1 << 20  # bytes
+MAX_ID = 1 << 24  # no vocabulary comes near
+STOP_STRINGS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+PREFIX_STRINGS = ("[gMASK]", "<sop>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token outside the BPE vocabulary; only a special one is hidden when decoding."""
+
+    id: int
+    text: str
+    special: bool
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        added: the added tokens by their text (`<|user|>`, `<think>`, ...).
+        eos_ids: ids that end an answer.
+        vocab_size: one more than the highest id.
+    """
+
+    def __init__(
+        self,
+        library: "Library",
+        added: Iterable[AddedToken],
+        eos_ids: Iterable[int],
+        decoders: Collection[str],
+    ) -> None:
+        """`library` knows no added tokens and has no post-processor; `decoders` are its types."""
+        self.added: Mapping[str, AddedToken] = {token.text: token for token in added}
+        self.eos_ids = frozenset(eos_ids)
+        self._library = library
+        self._texts = {token.id: text for text, token in self.added.items()}
+        self._hidden = self.eos_ids | {token.id for token in self.added.values() if token.special}
+        self.vocab_size = 1 + max([*library.get_vocab().values(), *self._texts], default=-1)
+        # Longest first, as the library does: `<|user|>` before a token that begins it.
+        texts = sorted(self.added, key=len, reverse=True)
+        self._split = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+        self._alphabet = byte_alphabet() if "ByteLevel" in decoders else None
+        self._byte_fallback = "ByteFallback" in decoders
+
+    @classmethod
+    def open(cls, model_dir: Path) -> "Tokenizer":
+        """Reads `tokenizer.json` and, if there is one, `generation_config.json`.
+
+        Raises:
+            UsageError: the tokenizers library is not installed.
+            FileError: a file is damaged, or tokenizer.json is missing.
+        """
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError:
+            raise UsageError(
+                "text needs the tokenizers library; install pyllama-dist[root]"
+            ) from None
+        path = model_dir / "tokenizer.json"
+        fields = read_json(path, TOKENIZER_LIMIT)
+        model = fields.get("model")
+        if not (isinstance(model, dict) and isinstance(model.get("vocab"), dict)):
+            raise FileError(
+                f"{path} has no vocabulary by name, as BPE has; only such tokenizers are supported"
+            )
+        added = _added_tokens(fields.get("added_tokens"), path)
+        try:
+            plain = {
+                **fields,
+                "model": _without(model, {token.text for token in added}),
+                "added_tokens": [],
+                "post_processor": None,
+            }
+            library = Library.from_str(json.dumps(plain))
+        except Exception as error:  # the library raises bare Exception
+            raise FileError(
+                f"{path} is not a tokenizer that the tokenizers library reads: {one_line(error)}; "
+                "copy it again from the checkpoint"
+            ) from None
+        for token in added:
+            if library.id_to_token(token.id) not in (None, token.text):
+                raise FileError(
+                    f"{path} gives id {token.id} to {token.text!r} and to another token; "
+                    "copy it again from the checkpoint"
+                )
+        ids = {token.text: token.id for token in added}
+        eos_ids = _eos_ids(model_dir / "generation_config.json")
+        if eos_ids is None:
+            eos_ids = [ids[text] for text in STOP_STRINGS if text in ids]
+        return cls(library, added, eos_ids, _decoders(fields.get("decoder")))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: nothing in it is special and nothing is prepended.
+
+        Lone surrogates are encoded as U+FFFD.
+        """
+        return list(self._library.encode(well_formed(text), add_special_tokens=False).ids)
+
+    def encode_template(self, rendered: Rendered) -> list[int]:
+        """Ids of a rendered conversation: what the template wrote whole is special.
+
+        Nothing is prepended: templates write `[gMASK]<sop>` themselves (see `special`).
+        """
+        ids: list[int] = []
+        end = 0
+        for match in self._split.finditer(rendered.marked):
+            ids += self.encode(rendered.marked[end : match.start()].replace(MARK, ""))
+            ids.append(self.added[match[0]].id)
+            end = match.end()
+        return ids + self.encode(rendered.marked[end:].replace(MARK, ""))
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of a prompt without a template: `[gMASK]<sop>` if the model has both, then `text`."""
+        known = [self.added[prefix].id for prefix in PREFIX_STRINGS if prefix in self.added]
+        return (known if len(known) == len(PREFIX_STRINGS) else []) + self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special and unknown ones give nothing, invalid UTF-8 gives U+FFFD."""
+        stream = self.stream()
+        return "".join([stream.push(token) for token in ids]) + stream.flush()
+
+    def stream(self) -> DetokenizeStream:
+        """Decodes one token at a time; all it returns, joined, is `decode` of the same ids."""
+        return DetokenizeStream(self._piece)
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """One printable piece for each id: `hello`, `<|user|>`, `\\n`, `\\xe4`; '' if unknown."""
+        return [self._texts.get(token) or _printable(self._bytes(token, False)) for token in ids]
+
+    def _piece(self, token: int, first: bool) -> bytes | None:
+        return None if token in self._hidden else self._bytes(token, first)
+
+    def _bytes(self, token: int, first: bool) -> bytes:
+        """What `token` adds to the text, special or not; `first` if no token came before it."""
+        if token in self._texts:
+            return well_formed(self._texts[token]).encode()
+        name = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if name is None:
+            return b""
+        if self._alphabet is not None:
+            if all(char in self._alphabet for char in name):
+                return bytes(self._alphabet[char] for char in name)
+            return name.encode()
+        if self._byte_fallback and (match := BYTE_TOKEN.fullmatch(name)):
+            return bytes.fromhex(match[1])
+        # SentencePiece decoders drop the space before the first word: a later token is what it adds
+        # to the text of itself.
+        once = self._library.decode([token])
+        return (once if first else self._library.decode([token, token])[len(once) :]).encode()
+
+
+def _printable(data: bytes) -> str:
+    text = data.decode("utf-8", "backslashreplace")
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _without(model: dict[str, Any], added: set[str]) -> dict[str, Any]:
+    """The model of tokenizer.json without added tokens, so that plain text never gives one.
+
+    `ignore_merges` takes a vocabulary entry that is a whole word (`/nothink`) as it is. Entries
+    that merges use, single characters and the unknown token stay: text needs them.
+    """
+    doubled = {text for text in added & model["vocab"].keys() if len(text) > 1}
+    if not doubled:
+        return model
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    used = {text for pair in pairs for text in (*pair, "".join(pair))} | {model.get("unk_token")}
+    return model | {
+        "vocab": {
+            text: token
+            for text, token in model["vocab"].items()
+            if text not in doubled or text in used
+        }
+    }
+
+
+def _decoders(value: object) -> set[str]:
+    """The types of decoders in the `decoder` of tokenizer.json."""
+    if not isinstance(value, dict):
+        return set()
+    parts = value.get("decoders") or []
+    return {str(value.get("type"))}.union(*map(_decoders, parts))
+
+
+def _added_tokens(value: object, path: Path) -> list[AddedToken]:
+    """The checked `added_tokens` of tokenizer.json; entries without text are left out."""
+    if not isinstance(value, list | None):
+        raise FileError(f"{path}: added_tokens is no list; copy it again from the checkpoint")
+    tokens = []
+    for number, entry in enumerate(value or []):
+        match entry:
+            case {"id": int(id), "content": str(text), **rest} if 0 <= id < MAX_ID:
+                if text:
+                    tokens.append(AddedToken(id, text, rest.get("special") is True))
+            case _:
+                raise FileError(
+                    f"{path}: added_tokens[{number}] has no id below {MAX_ID} with its content; "
+                    "copy it again from the checkpoint"
+                )
+    return tokens
+
+
+def _eos_ids(path: Path) -> list[int] | None:
+    """`eos_token_id` of generation_config.json, None if the file or the key is not there."""
+    if not path.exists():
+        return None
+    value = read_json(path, CONFIG_LIMIT).get("eos_token_id")
+    if value is None:
+        return None
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    if not all(type(id) is int and 0 <= id < MAX_ID for id in ids):
+        raise FileError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return ids

@@ -1,0 +1,631 @@
+"""Tokenizer, chat template and streaming decode against the tokenizers library and known prompts.
+
+Tokenizers are trained here; templates are written here in the manner of GLM's generations.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers import Tokenizer as Library
+
+from pyllama_dist.errors import FileError, PyllamaError, UsageError
+from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.detokenize import byte_alphabet
+from pyllama_dist.text.special import MARK
+from pyllama_dist.text.tokenizer import Tokenizer
+
+
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = [
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
+PLAIN = ["/nothink", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog thinks about it.",
+    "What is 17 times 23? Let me think: it is 391.",
+    "你好,世界。今天天气很好。 Größe, naïve café, Ελλάδα, привет 👍🏽 emoji",
+    "def f(x):\n    return x  # nothink\n\n\tuser assistant system",
+] * 4
+
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=MARK))
+hostile = st.lists(
+    st.one_of(st.sampled_from(SPECIAL + PLAIN + ["<|", "user", "|>", "<", " ", "\n"]), text)
+).map("".join)
+
+
+def train_byte_level(directory: Path) -> None:
+    """A small tokenizer.json in the manner of glm-4-9b-chat-hf."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    library.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            # The trainer also puts these into the vocabulary, where `ignore_merges` finds them.
+            special_tokens=[AddedToken(word, special=True) for word in SPECIAL],
+            show_progress=False,
+        ),
+    )
+    library.add_tokens([AddedToken(word, normalized=False) for word in PLAIN])
+    library.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A",
+        special_tokens=[(word, library.token_to_id(word)) for word in ("[gMASK]", "<sop>")],
+    )
+    fields = json.loads(library.to_str())
+    fields["model"]["ignore_merges"] = True
+    fields["model"]["vocab"]["/nothink"] = library.token_to_id("/nothink")
+    (directory / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def train_sentencepiece(directory: Path) -> None:
+    """A tokenizer.json as converted from SentencePiece: U+2581 for spaces, byte tokens."""
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library = Library(models.BPE(unk_token="<unk>", byte_fallback=True))
+    library.normalizer = spaces
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=450, special_tokens=["<unk>", "</s>", *bytes_], show_progress=False
+    )
+    library.train_from_iterator(CORPUS, trainer)
+    fields = json.loads(library.to_str())
+    fields["added_tokens"] = fields["added_tokens"][:2]
+    (directory / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    train_byte_level(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer.open(model_dir)
+
+
+@pytest.fixture(scope="module")
+def library(model_dir: Path) -> Library:
+    return Library.from_file(str(model_dir / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sentencepiece")
+    train_sentencepiece(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(sentencepiece_dir: Path) -> Tokenizer:
+    return Tokenizer.open(sentencepiece_dir)
+
+
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    stream = tokenizer.stream()
+    return [*map(stream.push, ids), stream.flush()]
+
+
+# --- tokenizer
+
+
+def test_added_tokens_keep_their_ids(tokenizer: Tokenizer, library: Library) -> None:
+    assert {word: token.id for word, token in tokenizer.added.items()} == {
+        word: library.token_to_id(word) for word in SPECIAL + PLAIN
+    }
+    assert {word for word, token in tokenizer.added.items() if token.special} == set(SPECIAL)
+    assert tokenizer.vocab_size == library.get_vocab_size()
+
+
+@given(text)
+def test_encode_is_the_librarys(tokenizer: Tokenizer, library: Library, words: str) -> None:
+    if not any(word in words for word in SPECIAL + PLAIN):
+        assert tokenizer.encode(words) == library.encode(words, add_special_tokens=False).ids
+
+
+@given(hostile)
+def test_encode_knows_no_special_strings(tokenizer: Tokenizer, words: str) -> None:
+    ids = tokenizer.encode(words)
+    assert not {token.id for token in tokenizer.added.values()} & set(ids)
+    assert tokenizer.decode(ids) == words
+
+
+@pytest.mark.parametrize("word", SPECIAL + PLAIN)
+def test_a_special_string_alone_is_plain(tokenizer: Tokenizer, word: str) -> None:
+    ids = tokenizer.encode(word)
+    assert tokenizer.added[word].id not in ids
+    assert tokenizer.decode(ids) == word
+
+
+def test_raw_prompt_has_the_prefix_once(
+    tokenizer: Tokenizer, library: Library, sentencepiece: Tokenizer
+) -> None:
+    assert tokenizer.encode_raw("the dog") == library.encode("the dog").ids
+    assert sentencepiece.encode_raw("the dog") == sentencepiece.encode("the dog")
+
+
+@pytest.mark.parametrize(
+    ("given_text", "kept"), [("a\udce4b", "a\ufffdb"), ("\ud83d", "\ufffd"), ("\ud83d\ude00", "😀")]
+)
+def test_surrogates(tokenizer: Tokenizer, given_text: str, kept: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(given_text)) == kept
+
+
+@given(st.data())
+def test_stream_is_decode_is_the_librarys(
+    tokenizer: Tokenizer, library: Library, data: st.DataObject
+) -> None:
+    known = st.integers(0, tokenizer.vocab_size - 1)
+    ids = data.draw(st.lists(known))
+    parts = streamed(tokenizer, ids)
+    assert "".join(parts) == tokenizer.decode(ids)
+    # Every stop token is special here, so both hide the same ones.
+    assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=True)
+
+
+@given(text)
+def test_stream_waits_for_whole_characters(tokenizer: Tokenizer, words: str) -> None:
+    parts = streamed(tokenizer, tokenizer.encode(words))
+    assert "".join(parts) == words
+    assert parts[-1] == ""
+    if "\ufffd" not in words:
+        assert not any("\ufffd" in part for part in parts)
+
+
+def byte_ids(library: Library, data: bytes) -> list[int]:
+    chars = {byte: char for char, byte in byte_alphabet().items()}
+    return [library.token_to_id(chars[byte]) for byte in data]
+
+
+def test_stream_of_broken_bytes(tokenizer: Tokenizer, library: Library) -> None:
+    assert streamed(tokenizer, byte_ids(library, b"a\xe4\xbd")) == ["a", "", "", "\ufffd"]
+    assert streamed(tokenizer, byte_ids(library, b"\xe4\xbda")) == ["", "", "\ufffda", ""]
+    assert streamed(tokenizer, byte_ids(library, b"\xff\xffa")) == ["\ufffd", "\ufffd", "a", ""]
+    assert streamed(tokenizer, byte_ids(library, b"\xe4\xbd\xa0")) == ["", "", "你", ""]
+
+
+def test_what_is_never_printed(tokenizer: Tokenizer) -> None:
+    added = {word: token.id for word, token in tokenizer.added.items()}
+    outside = [-1, tokenizer.vocab_size, 151400, 2**40]
+    ids = [added["<think>"], *outside, added["<|user|>"], *tokenizer.encode("so"), added["<eop>"]]
+    assert tokenizer.decode(ids) == "<think>so"
+    assert "".join(streamed(tokenizer, ids)) == "<think>so"
+
+
+def test_printable_tokens(tokenizer: Tokenizer, library: Library) -> None:
+    ids = [tokenizer.added["<|user|>"].id, *byte_ids(library, b"\n a\xe4"), 10**6]
+    assert tokenizer.tokens(ids) == ["<|user|>", "\\n", " ", "a", "\\xe4", ""]
+
+
+@given(text)
+def test_sentencepiece_round_trip(sentencepiece: Tokenizer, words: str) -> None:
+    ids = sentencepiece.encode(words)
+    # The format writes a space as U+2581 and cannot tell them apart.
+    assert sentencepiece.decode(ids) == words.replace("▁", " ")
+    assert "".join(streamed(sentencepiece, ids)) == sentencepiece.decode(ids)
+
+
+def test_sentencepiece_bytes(sentencepiece: Tokenizer, sentencepiece_dir: Path) -> None:
+    library = Library.from_file(str(sentencepiece_dir / "tokenizer.json"))
+    ids = [library.token_to_id(f"<0x{byte:02X}>") for byte in "ŋ".encode()]
+    assert streamed(sentencepiece, [*ids, ids[0]]) == ["", "ŋ", "", "\ufffd"]
+    assert not set(sentencepiece.encode("</s>")) & {1}
+
+
+# --- stop tokens
+
+
+def with_config(source: Path, directory: Path, config: str | None) -> Tokenizer:
+    (directory / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    if config is not None:
+        (directory / "generation_config.json").write_text(config)
+    return Tokenizer.open(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "eos"),
+    [
+        ('{"eos_token_id": 3}', {3}),
+        ('{"eos_token_id": [3, 5]}', {3, 5}),
+        ("{}", None),
+        (None, None),
+    ],
+)
+def test_stop_tokens(
+    model_dir: Path, tmp_path: Path, config: str | None, eos: set[int] | None
+) -> None:
+    tokenizer = with_config(model_dir, tmp_path, config)
+    stops = ("<|endoftext|>", "<|user|>", "<|observation|>")
+    assert tokenizer.eos_ids == (eos or {tokenizer.added[word].id for word in stops})
+
+
+def test_a_stop_token_is_hidden_even_if_not_special(model_dir: Path, tmp_path: Path) -> None:
+    plain = Tokenizer.open(model_dir)
+    (letter,) = plain.encode("Q")
+    tokenizer = with_config(model_dir, tmp_path, json.dumps({"eos_token_id": letter}))
+    assert tokenizer.decode([letter, *plain.encode("a"), letter]) == "a"
+
+
+# --- templates
+
+GLM4 = """[gMASK]<sop>
+{%- for tool in tools or [] %}
+    {{- ('<|system|>' if loop.first) ~ '\\n' ~ tool | tojson(indent=1, ensure_ascii=True) }}
+{%- endfor %}
+{%- for message in messages %}
+<|{{ message.role }}|>
+{{ message.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|assistant|>' }}
+{%- endif %}
+"""
+EDGE = """{% for item in messages %}
+{{- '<|' ~ item['role'] ~ '|>\\n' ~ item['content'] }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{- '<|assistant|>' }}
+{%- endif %}
+"""
+GLM45 = """[gMASK]<sop>
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- macro shown(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- else %}
+        {%- for part in content %}{{- part.text if part.type == 'text' }}{%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- set off = enable_thinking is defined and not enable_thinking %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {{- '<|user|>\\n' ~ shown(m.content) }}
+        {{- '/nothink' if off and not shown(m.content).endswith('/nothink') }}
+    {%- elif m.role == 'system' %}
+        {{- '<|system|>\\n' ~ shown(m.content) }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|observation|>\\n' ~ shown(m.content) }}
+    {%- elif m.role == 'assistant' %}
+        {%- set answer, thought = shown(m.content), '' %}
+        {%- if '</think>' in answer %}
+            {%- set thought = answer.split('</think>')[0].split('<think>')[-1].strip() %}
+            {%- set answer = answer.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|assistant|>\\n<think>' ~ (thought if loop.index0 > ns.last) ~ '</think>' }}
+        {{- '\\n' ~ answer.strip() }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\\n<tool_call>' ~ call.name ~ '\\n' ~ call.arguments | tojson ~ '</tool_call>' }}
+        {%- endfor %}
+    {%- else %}
+        {{- raise_exception('no such\\nrole: ' ~ m.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' ~ ('\\n<think></think>' if off) }}
+{%- endif %}
+"""
+GLM47 = """[gMASK]<sop>
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- set halves = m.content.split('</think>') %}
+        {%- set keep = clear_thinking is defined and not clear_thinking and halves | length > 1 %}
+        {{- '<|assistant|>' ~ ('<think>' ~ halves[0].split('<think>')[-1] if keep) }}
+        {{- '</think>' ~ halves[-1].strip() }}
+        {%- continue %}
+    {%- endif %}
+    {{- '<|' ~ m.role ~ '|>' ~ m.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+    {{- '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}
+{%- endif %}
+"""
+CHATML = """{% for m in messages %}
+{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n<think>' -}}
+{% endif %}
+"""
+
+
+def write_template(directory: Path, source: str, tokenizer: Tokenizer) -> ChatTemplate:
+    (directory / "chat_template.jinja").write_text(source, encoding="utf-8")
+    template = ChatTemplate.open(directory, tokenizer)
+    assert template is not None
+    return template
+
+
+def said(*turns: tuple[str, object]) -> list[dict[str, object]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+HI = said(("user", "hi"))
+HISTORY = said(("user", "hi"), ("assistant", "\n<think>zz</think>\nB"), ("user", "C"))
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "variables", "prompt"),
+    [
+        (GLM4, HI, {}, "[gMASK]<sop><|user|>\nhi<|assistant|>"),
+        (EDGE, HI, {}, "<|user|>\nhi<|assistant|>"),
+        (GLM45, HI, {}, "[gMASK]<sop><|user|>\nhi<|assistant|>"),
+        (
+            GLM45,
+            HI,
+            {"enable_thinking": False},
+            "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>",
+        ),
+        (
+            GLM45,
+            said(("system", "S"), ("user", [{"type": "text", "text": "hi"}])),
+            {},
+            "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>",
+        ),
+        (
+            GLM45,
+            HISTORY,
+            {},
+            "[gMASK]<sop><|user|>\nhi<|assistant|>\n<think></think>\nB<|user|>\nC<|assistant|>",
+        ),
+        (GLM47, HI, {}, "[gMASK]<sop><|user|>hi<|assistant|><think>"),
+        (GLM47, HI, {"enable_thinking": False}, "[gMASK]<sop><|user|>hi<|assistant|></think>"),
+        (
+            GLM47,
+            HISTORY,
+            {"add_generation_prompt": False},
+            "[gMASK]<sop><|user|>hi<|assistant|></think>B<|user|>C",
+        ),
+        (
+            GLM47,
+            HISTORY,
+            {"add_generation_prompt": False, "clear_thinking": False},
+            "[gMASK]<sop><|user|>hi<|assistant|><think>zz</think>B<|user|>C",
+        ),
+        (
+            CHATML,
+            HI,
+            {},
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>",
+        ),
+    ],
+)
+def test_prompts(
+    tokenizer: Tokenizer,
+    library: Library,
+    tmp_path: Path,
+    source: str,
+    messages: list[dict[str, object]],
+    variables: dict[str, bool],
+    prompt: str,
+) -> None:
+    template = write_template(tmp_path, source, tokenizer)
+    rendered = template.render(messages, **variables)  # type: ignore[arg-type]
+    assert rendered.text == prompt
+    assert (
+        tokenizer.encode_template(rendered) == library.encode(prompt, add_special_tokens=False).ids
+    )
+
+
+@pytest.fixture(scope="module", params=[GLM4, EDGE, GLM45, GLM47, CHATML])
+def template(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> ChatTemplate:
+    return write_template(tmp_path_factory.mktemp("chat"), request.param, tokenizer)
+
+
+@given(words=hostile)
+def test_special_strings_of_people_are_text(
+    tokenizer: Tokenizer, template: ChatTemplate, words: str
+) -> None:
+    added = {token.id for token in tokenizer.added.values()}
+
+    def special_ids(content: str) -> list[int]:
+        prompt = template.render(said(("system", content), ("user", content)))
+        assert MARK not in prompt.text
+        assert prompt.text.count(words.strip()) >= 2 or content == "x"
+        return [token for token in tokenizer.encode_template(prompt) if token in added]
+
+    assert special_ids(words) == special_ids("x")
+
+
+def test_a_string_cut_in_two_parts_stays_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = write_template(tmp_path, GLM45, tokenizer)
+    parts = [{"type": "text", "text": part} for part in ("<|sys", "tem|>", "[g", "MASK]", "/", "")]
+    prompt = template.render(said(("user", parts)))
+    assert prompt.text == "[gMASK]<sop><|user|>\n<|system|>[gMASK]/<|assistant|>"
+    ids = tokenizer.encode_template(prompt)
+    assert ids.count(tokenizer.added["<|system|>"].id) == 0
+    assert ids.count(tokenizer.added["[gMASK]"].id) == 1
+
+
+def test_an_assistant_keeps_thoughts_but_no_roles(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = write_template(tmp_path, GLM45, tokenizer)
+    call = {"name": "f", "arguments": {"<think>": ["</tool_call>", 1]}}
+    answer = {"role": "assistant", "content": "<think>z</think>B<|user|>", "tool_calls": [call]}
+    prompt = template.render([*HI, answer], add_generation_prompt=False)
+    assert prompt.text == (
+        "[gMASK]<sop><|user|>\nhi<|assistant|>\n<think>z</think>\nB<|user|>"
+        '\n<tool_call>f\n{"<think>": ["</tool_call>", 1]}</tool_call>'
+    )
+    ids = tokenizer.encode_template(prompt)
+    counts = {word: ids.count(token.id) for word, token in tokenizer.added.items()}
+    assert {word: count for word, count in counts.items() if count} == dict.fromkeys(
+        [
+            "[gMASK]",
+            "<sop>",
+            "<|user|>",
+            "<|assistant|>",
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</tool_call>",
+        ],
+        1,
+    )
+
+
+def test_tools_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = write_template(tmp_path, GLM4, tokenizer)
+    prompt = template.render(HI, tools=[{"name": "<|user|> & 'é😀'"}], add_generation_prompt=False)
+    name = "<|user|> & '\\u00e9\\ud83d\\ude00'"
+    assert prompt.text == (f'[gMASK]<sop><|system|>\n{{\n "name": "{name}"\n}}<|user|>\nhi')
+    assert tokenizer.encode_template(prompt).count(tokenizer.added["<|user|>"].id) == 1
+
+
+def test_marks_and_surrogates_in_messages(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = write_template(tmp_path, EDGE, tokenizer)
+    prompt = template.render(said(("user", f"<{MARK}|user|>\udcff")), add_generation_prompt=False)
+    assert prompt.text == "<|user|>\n<|user|>\ufffd"
+    assert tokenizer.encode_template(prompt).count(tokenizer.added["<|user|>"].id) == 1
+
+
+def test_helpers_of_templates(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = "{{ strftime_now('%Y') | length }} {{ {'b': '<', 'a': 1} | tojson(sort_keys=true) }}"
+    template = write_template(tmp_path, source, tokenizer)
+    assert template.render(HI).text == '4 {"a": 1, "b": "<"}'
+
+
+def test_no_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert ChatTemplate.open(tmp_path, tokenizer) is None
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "said_in_it"),
+    [
+        ("a\n{% for %}", FileError, "line 2"),
+        ("a\n{{ x | nofilter }}", FileError, "line 2"),
+        ("{{ '(' * 1000 }}" + "{{ " + "(" * 5000, FileError, "chat_template.jinja"),
+        ("{{ raise_exception('roles\\nmust alternate') }}", UsageError, "roles must alternate"),
+        ("a\n{{ nothing.at.all }}", UsageError, "line 2"),
+        ("{{ messages[0].content + 1 }}", UsageError, "line 1"),
+        ("{{ 1 // 0 }}", UsageError, "zero"),
+        ("{{ messages.append(1) }}", FileError, "line 1"),
+        ("{{ ''.__class__.__mro__ }}", FileError, "line 1"),
+        ("{{ 'x' * 2000000000 }}", FileError, "repeats"),
+        ("{{ [messages] * 2000000000 }}", FileError, "repeats"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", FileError, "power"),
+        ("{% for a in range(999999999) %}{% endfor %}", FileError, "loops"),
+        (
+            "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+            FileError,
+            "loops",
+        ),
+        ("{% for a in range(90000) %}{{ 'x' * 9000 }}{% endfor %}", FileError, "writes more"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", FileError, "recursion"),
+    ],
+)
+def test_bad_templates(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    source: str,
+    kind: type[PyllamaError],
+    said_in_it: str,
+) -> None:
+    with pytest.raises(kind) as raised:
+        write_template(tmp_path, source, tokenizer).render(HI)
+    assert said_in_it in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert type(raised.value) is kind
+
+
+def valid(**changes: object) -> str:
+    """A tiny tokenizer.json with fields changed."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model} | changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "said_in_it"),
+    [
+        (None, "does not exist"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"{", "damaged"),
+        (b"[" * 200_000, "damaged"),
+        (b"[]", "object"),
+        (b"{}", "vocabulary"),
+        (valid(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "vocabulary"),
+        (valid(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "z"]]}), "`z`"),
+        (valid(model={"type": "BPE", "vocab": {"a": "b"}, "merges": []}), "tokenizer"),
+        (valid(added_tokens=7), "added_tokens"),
+        (valid(added_tokens=[{"id": 5}]), "added_tokens[0]"),
+        (valid(added_tokens=[{"id": -5, "content": "<x>"}]), "added_tokens[0]"),
+        (valid(added_tokens=[{"id": 1, "content": "<x>"}]), "id 1"),
+    ],
+)
+def test_bad_tokenizer_files(tmp_path: Path, content: str | bytes | None, said_in_it: str) -> None:
+    if content is not None:
+        data = content.encode() if isinstance(content, str) else content
+        (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(FileError) as raised:
+        Tokenizer.open(tmp_path)
+    assert said_in_it in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("eos", ['"x"', "-1", "[1, null]", "true", "1.5"])
+def test_bad_stop_tokens(model_dir: Path, tmp_path: Path, eos: str) -> None:
+    with pytest.raises(FileError, match="eos_token_id"):
+        with_config(model_dir, tmp_path, f'{{"eos_token_id": {eos}}}')
+
+
+@pytest.mark.parametrize("name", ["tokenizers", "jinja2"])
+def test_missing_libraries(
+    model_dir: Path,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    (tmp_path / "chat_template.jinja").write_text("x")
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "pyllama_dist.text.sandbox", raising=False)
+    with pytest.raises(UsageError, match=r"install pyllama-dist\[root\]"):
+        Tokenizer.open(model_dir) if name == "tokenizers" else ChatTemplate.open(
+            tmp_path, tokenizer
+        )
