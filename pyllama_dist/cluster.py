@@ -67,7 +67,7 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
     Raises:
         UsageError: the model cannot be cut for so many nodes, or not be synchronised in Q80.
     """
-    most, n = max_nodes(config.n_heads, config.head_dim), cluster.n_nodes
+    most, n = max_nodes(config.n_heads, config.head_dim, config.weights.block), cluster.n_nodes
     if n > most:
         raise UsageError(
             f"{n} nodes, and this model has query heads for at most {most}; use fewer workers"
@@ -83,6 +83,7 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         ffn_dim=config.ffn_dim,
         vocab_size=config.vocab_size,
         n_nodes=n,
+        block=config.weights.block,
     )
     seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
     plan = Plan(shares, cluster.sync, MAX_ROWS, MAX_LOGITS, n_slots=1, seq_len=seq_len)

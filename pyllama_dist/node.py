@@ -71,7 +71,7 @@ class Node:
                         )
                     except LostError as lost:
                         where = f"step {number}, after {segment.name}"
-                        raise LostError(f"{lost} ({where})", lost.culprit) from None
+                        raise LostError(f"{lost.detail} ({where})", lost.culprit) from None
                     except ProtocolError as error:
                         raise ProtocolError(f"{error} (after {segment.name})") from None
                     place += 1

@@ -42,39 +42,47 @@ def cut(total: int, parts: int, unit: int = 1) -> tuple[Range, ...]:
     )
 
 
-def head_unit(head_dim: int) -> int:
-    """The fewest query heads whose width is whole blocks.
+def head_unit(head_dim: int, block: int = BLOCK) -> int:
+    """The fewest query heads whose width is whole blocks of the weights.
 
-    >>> head_unit(128), head_unit(16), head_unit(80)
-    (1, 2, 2)
+    >>> head_unit(128), head_unit(16), head_unit(80), head_unit(16, block=1)
+    (1, 2, 2, 1)
     """
-    return BLOCK // gcd(BLOCK, head_dim)
+    return block // gcd(block, head_dim)
 
 
-def max_nodes(n_heads: int, head_dim: int) -> int:
+def max_nodes(n_heads: int, head_dim: int, block: int = BLOCK) -> int:
     """The most nodes that a model can be cut for: each needs a unit of query heads.
 
     >>> max_nodes(32, 128), max_nodes(16, 16)
     (32, 8)
     """
-    return -(-n_heads // head_unit(head_dim))
+    return -(-n_heads // head_unit(head_dim, block))
 
 
 def partition(
-    *, n_heads: int, n_kv_heads: int, head_dim: int, ffn_dim: int, vocab_size: int, n_nodes: int
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    ffn_dim: int,
+    vocab_size: int,
+    n_nodes: int,
+    block: int = BLOCK,
 ) -> tuple[Share, ...]:
-    """The share of each node.
+    """The share of each node; `block` is that of the weights' format, 1 if they have none.
 
     Raises:
         ValueError: `n_nodes` is not between 1 and `max_nodes`.
     """
-    if not 1 <= n_nodes <= max_nodes(n_heads, head_dim):
-        raise ValueError(f"{n_nodes} nodes for {max_nodes(n_heads, head_dim)} units of heads")
+    most = max_nodes(n_heads, head_dim, block)
+    if not 1 <= n_nodes <= most:
+        raise ValueError(f"{n_nodes} nodes for {most} units of heads")
     group = n_heads // n_kv_heads  # query heads that read the same key head
     return tuple(
         Share(heads, (heads[0] // group, (heads[1] - 1) // group + 1), ffn, vocab)
         for heads, ffn, vocab in zip(
-            cut(n_heads, n_nodes, head_unit(head_dim)),
+            cut(n_heads, n_nodes, head_unit(head_dim, block)),
             cut(ffn_dim, n_nodes, BLOCK),
             cut(vocab_size, n_nodes),
             strict=True,

@@ -6,7 +6,6 @@ The phases and messages are those of `net/PROTOCOL.md`.
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -154,10 +153,7 @@ class Root:
         reason = str(error) if isinstance(error, PyllamaError) else "the root was interrupted"
         last = Bye() if error is None else Error(self._phase, reason[:4096])
         for channel in self._channels:
-            with suppress(NodeError):
-                channel.send(last)
-        for channel in self._channels:
-            channel.close()
+            channel.close(last)
         self._channels = []
         if self._mesh is not None:
             self._mesh.close()
@@ -256,7 +252,7 @@ class Root:
 
     def _blame(self, lost: LostError) -> NodeError:
         """The error to show for a lost connection: workers may know better who failed, and why."""
-        culprit, detail = lost.culprit, str(lost)
+        culprit, detail = lost.culprit, lost.detail
         deadline = time.monotonic() + _BLAME_SECONDS
         for channel in self._channels:
             try:
@@ -268,8 +264,6 @@ class Root:
                     return self._theirs(channel, message)
                 if message.culprit != ROOT:
                     culprit, detail = message.culprit, message.message
-        if self._phase is Phase.HELLO:
-            return NodeError(detail)
         return NodeError(
             f"lost worker {culprit} in phase {self._phase}: {detail}; check that machine (power, "
             f"network, memory), start its worker again, then this root"

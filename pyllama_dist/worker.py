@@ -12,7 +12,7 @@ import psutil
 
 from pyllama_dist import __version__
 from pyllama_dist.check import check_batch, check_program
-from pyllama_dist.errors import NodeError, ProtocolError
+from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.net.messages import (
@@ -68,6 +68,7 @@ class _Session:
     def __init__(self, channel: Channel, mesh: Mesh, n_threads: int) -> None:
         self.channel, self.mesh, self.n_threads = channel, mesh, n_threads
         self.phase = Phase.HELLO
+        self.last: Error | None = None  # why the session is over, for the root
 
     def run(self, first: Message) -> None:
         """Goes through the phases; whatever happens, the worker can serve the next root."""
@@ -82,23 +83,17 @@ class _Session:
             log.info("the root said bye; listening again")
         except LostError as lost:
             log.warning("%s, in phase %s; listening again", lost, self.phase)
-            self.report(str(lost), lost.culprit)
-        except NodeError as error:
+            self.last = Error(self.phase, lost.detail[:4096], lost.culprit)
+        except PyllamaError as error:
             log.warning("%s, in phase %s; listening again", error, self.phase)
-            self.report(str(error))
+            self.last = Error(self.phase, str(error)[:4096])
         except MemoryError:
             log.warning("out of memory, in phase %s; listening again", self.phase)
-            self.report("out of memory; use more nodes or a lower --max-seq-len")
+            reason = "out of memory; use more nodes or a lower --max-seq-len"
+            self.last = Error(self.phase, reason)
         finally:
+            self.channel.close(self.last)  # before the mesh: the root is to hear the reason first
             self.mesh.close()
-            self.channel.close()
-
-    def report(self, message: str, culprit: str = "") -> None:
-        """Tells the root why the session is over, if it can still hear."""
-        try:
-            self.channel.send(Error(self.phase, message[:4096], culprit))
-        except NodeError:
-            log.debug("the root did not wait for the reason")
 
     def expect(self, kind: type[_M], timeout: float) -> _M:
         """The next message, which must be of this kind."""

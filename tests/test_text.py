@@ -26,9 +26,8 @@ from tokenizers import Tokenizer as Library
 from pyllama_dist.errors import FileError, PyllamaError, UsageError
 from pyllama_dist.text.chat import ChatTemplate
 from pyllama_dist.text.detokenize import byte_alphabet
-from pyllama_dist.text.special import MARK
+from pyllama_dist.text.special import MARK, Breaker, Rendered
 from pyllama_dist.text.tokenizer import Tokenizer
-
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = [
@@ -85,6 +84,12 @@ def train_byte_level(directory: Path) -> None:
     fields = json.loads(library.to_str())
     fields["model"]["ignore_merges"] = True
     fields["model"]["vocab"]["/nothink"] = library.token_to_id("/nothink")
+    fields["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     (directory / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
@@ -125,7 +130,9 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def library(model_dir: Path) -> Library:
-    return Library.from_file(str(model_dir / "tokenizer.json"))
+    library = Library.from_file(str(model_dir / "tokenizer.json"))
+    library.no_truncation()
+    return library
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +220,8 @@ def test_stream_waits_for_whole_characters(tokenizer: Tokenizer, words: str) -> 
 
 def byte_ids(library: Library, data: bytes) -> list[int]:
     chars = {byte: char for char, byte in byte_alphabet().items()}
-    return [library.token_to_id(chars[byte]) for byte in data]
+    ids = [library.token_to_id(chars[byte]) for byte in data]
+    return [token for token in ids if token is not None]
 
 
 def test_stream_of_broken_bytes(tokenizer: Tokenizer, library: Library) -> None:
@@ -246,9 +254,13 @@ def test_sentencepiece_round_trip(sentencepiece: Tokenizer, words: str) -> None:
 
 def test_sentencepiece_bytes(sentencepiece: Tokenizer, sentencepiece_dir: Path) -> None:
     library = Library.from_file(str(sentencepiece_dir / "tokenizer.json"))
-    ids = [library.token_to_id(f"<0x{byte:02X}>") for byte in "ŋ".encode()]
+    vocab = library.get_vocab()
+    ids = [vocab[f"<0x{byte:02X}>"] for byte in "ŋ".encode()]
     assert streamed(sentencepiece, [*ids, ids[0]]) == ["", "ŋ", "", "\ufffd"]
-    assert not set(sentencepiece.encode("</s>")) & {1}
+    assert vocab["</s>"] not in sentencepiece.encode("</s>")
+    spaces = [vocab["▁"], vocab["▁"], vocab["a"]]
+    assert streamed(sentencepiece, spaces) == ["", " ", "a", ""]
+    assert sentencepiece.decode(spaces) == library.decode(spaces)
 
 
 # --- stop tokens
@@ -365,7 +377,7 @@ GLM47 = """[gMASK]<sop>
 CHATML = """{% for m in messages %}
 {{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}
 {% endfor %}
-{% if add_generation_prompt %}
+  {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\\n<think>' -}}
 {% endif %}
 """
@@ -507,6 +519,19 @@ def test_an_assistant_keeps_thoughts_but_no_roles(tokenizer: Tokenizer, tmp_path
     )
 
 
+def test_names_of_fields_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = write_template(tmp_path, "{{ messages | tojson }}", tokenizer)
+    prompt = template.render([{"role": "user", "<think>": {"<|user|>": ["<sop>", None, 1.5]}}])
+    assert prompt.text == '[{"role": "user", "<think>": {"<|user|>": ["<sop>", null, 1.5]}}]'
+    assert tokenizer.encode_template(prompt) == tokenizer.encode(prompt.text)
+
+
+def test_added_words_do_not_break_roles() -> None:
+    breaker = Breaker(["real", "aXa"])
+    assert breaker.text("user") == "user"
+    assert breaker.text("aXaXa") == f"a{MARK}Xa{MARK}Xa"
+
+
 def test_tools_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     template = write_template(tmp_path, GLM4, tokenizer)
     prompt = template.render(HI, tools=[{"name": "<|user|> & 'é😀'"}], add_generation_prompt=False)
@@ -629,3 +654,10 @@ def test_missing_libraries(
         Tokenizer.open(model_dir) if name == "tokenizers" else ChatTemplate.open(
             tmp_path, tokenizer
         )
+
+
+def test_the_longest_special_string_counts(tmp_path: Path) -> None:
+    added = [{"id": 2 + n, "content": text} for n, text in enumerate(["<a>", "<a>b", ""])]
+    (tmp_path / "tokenizer.json").write_text(valid(added_tokens=added))
+    tokenizer = Tokenizer.open(tmp_path)
+    assert tokenizer.encode_template(Rendered(f"a<a>b<a>a<{MARK}a>")) == [0, 3, 2, 0, 0]

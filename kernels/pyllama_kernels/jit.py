@@ -51,11 +51,16 @@ def kernel(function: Callable[..., Any]) -> Any:
     Floating-point sums may be reordered into vector lanes, the same way at every call: results do
     not depend on the number of threads.
     """
-    options: dict[str, Any] = {
-        "nogil": True,
-        "fastmath": {"nsz", "arcp", "contract", "reassoc"},
-        "error_model": "numpy",
-    }
+    return _compiled(function, fastmath={"nsz", "arcp", "contract", "reassoc"})
+
+
+def exact_kernel(function: Callable[..., Any]) -> Any:
+    """As `kernel`, but every floating-point operation is rounded as it is written."""
+    return _compiled(function, fastmath=False)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    options |= {"nogil": True, "error_model": "numpy"}
     if CACHE is None:
         return numba.njit(**options)(function)
     # Numba reads this setting at decoration; no other library's functions are to land there.

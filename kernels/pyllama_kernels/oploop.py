@@ -222,6 +222,8 @@ def run_ops(
 @kernel
 def lead(ops: Any, first: int, last: int, step: Any, state: Any, n_threads: int) -> None:
     """Runs the ops from `first` to before `last` with the whole team; arguments as in `run_ops`."""
+    if first == last:
+        return  # without a barrier the next command would overwrite this one while it is read
     if n_threads > 1:
         atomic_store(state, FIRST, first)
         atomic_store(state, LAST, last)

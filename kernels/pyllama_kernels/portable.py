@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import float32, int32, uint32
 
-from pyllama_kernels.jit import kernel
+from pyllama_kernels.jit import exact_kernel, kernel
 from pyllama_kernels.lowlevel import bits_of_float, float_of_bits
 
 
@@ -57,19 +57,26 @@ def rms_norm(x: Any, weight: Any, epsilon: float, out: Any) -> None:
 
 
 @kernel
-def _q80_scale(x: Any) -> Any:
+def _largest(x: Any) -> Any:
     largest = float32(0)
     for i in range(32):
         largest = max(largest, abs(x[i]))
-    return largest / float32(127)
+    return largest
+
+
+@exact_kernel
+def _q80_scale(largest: Any) -> Any:
+    """A block's scale and its inverse: 0 if there is none. Bytes are the same on every CPU."""
+    d = largest / float32(127)
+    inverse = float32(1) / d
+    return d, inverse if inverse < float32(np.inf) else float32(0)
 
 
 @kernel
 def quantize(x: Any, values: Any, scales: Any) -> None:
     """See `reference.quantize`."""
     for block in range(x.shape[0]):
-        d = _q80_scale(x[block])
-        inverse = float32(1) / d if d > 0 else float32(0)
+        d, inverse = _q80_scale(_largest(x[block]))
         scales[block] = half_to_float(float_to_half(d))
         for i in range(32):
             values[block, i] = np.int8(np.rint(x[block, i] * inverse))
@@ -79,8 +86,7 @@ def quantize(x: Any, values: Any, scales: Any) -> None:
 def pack_q80(x: Any, out: Any) -> None:
     """See `reference.pack_q80`."""
     for block in range(x.shape[0]):
-        d = _q80_scale(x[block])
-        inverse = float32(1) / d if d > 0 else float32(0)
+        d, inverse = _q80_scale(_largest(x[block]))
         half = float_to_half(d)
         out[block, 0] = half & 0xFF
         out[block, 1] = half >> 8

@@ -23,6 +23,8 @@ def command(checkpoint_dir: Path, out_dir: Path, weights: str) -> None:
 
     OUT_DIR will hold model.m, tokenizer.json, chat_template.jinja and generation_config.json.
     """
+    from rich.filesize import decimal
+
     from pyllama_dist.formats.convert import convert
     from pyllama_dist.models import ARCHITECTURES
 
@@ -34,6 +36,6 @@ def command(checkpoint_dir: Path, out_dir: Path, weights: str) -> None:
         click.echo(f"note: {warning}", err=True)
     click.echo(
         f"{out_dir}: {report.config.arch}, {report.n_tensors} tensors, "
-        f"{report.checkpoint_bytes / 1e9:.2f} GB became {report.model_bytes / 1e9:.2f} GB "
+        f"{decimal(report.checkpoint_bytes)} became {decimal(report.model_bytes)} "
         f"({', '.join(report.files)})"
     )

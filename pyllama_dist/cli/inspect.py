@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from pyllama_dist.cli.options import BUILTIN
+from pyllama_dist.cli.options import BUILTIN, option
 
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option("--tensors", "list_tensors", is_flag=True, help="List every tensor.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--tensors", "list_tensors", is_flag=True, help="List every tensor.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path | None, list_tensors: bool, as_json: bool) -> None:
     """Show what is in MODEL: a directory made by `convert`, or a .m file. Default: the built-in."""
     from pyllama_dist.formats.model_file import ModelFile, tensor_bytes

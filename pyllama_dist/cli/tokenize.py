@@ -12,8 +12,8 @@ from pyllama_dist.errors import UsageError
 @click.command("tokenize")
 @option("--model", type=click.Path(path_type=Path), help="Directory made by `convert`.")
 @click.argument("text")
-@click.option("--chat", is_flag=True, help="As the message of a user, in the model's template.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--chat", is_flag=True, help="As the message of a user, in the model's template.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path | None, text: str, chat: bool, as_json: bool) -> None:
     """Show the tokens of TEXT: their ids and what each stands for."""
     from pyllama_dist.text.chat import ChatTemplate

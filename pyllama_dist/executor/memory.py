@@ -32,8 +32,15 @@ def planned_bytes(program: Program) -> int:
     caches = sum(4 * c.kv_heads * c.head_dim for c in program.caches)
     buffers = sum(program.rows_of(b.rows) * b.width * 4 for b in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
+    tables = sum(4 * rotary_dim for rotary_dim, _ in _rope_kinds(program))
     held = sum(weight.nbytes for weight in weights(program))
-    return held + caches * program.n_slots * program.seq_len + buffers + pipes
+    return held + (caches * program.n_slots + tables) * program.seq_len + buffers + pipes
+
+
+def _rope_kinds(program: Program) -> set[tuple[int, float]]:
+    """The rotary_dim and theta of each table that a program needs."""
+    ops = (op for segment in program.segments for op in segment.ops)
+    return {(op.rotary_dim, op.theta) for op in ops if isinstance(op, Rope)}
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,9 @@ class PipeMemory:
 
     def payload(self, slot: int, rows: int) -> U8:
         """The first rows of a slot, [rows, bytes] uint8."""
-        end = HEADROOM + rows * self.row_bytes(slot)
-        return self.memory[self.held.index(slot), HEADROOM:end].reshape(rows, -1)
+        width = self.row_bytes(slot)
+        flat = self.memory[self.held.index(slot), HEADROOM : HEADROOM + rows * width]
+        return flat.reshape(rows, width)
 
     def f32(self, slot: int, rows: int) -> F32:
         """The first rows of a float32 slot, [rows, width]."""
@@ -102,10 +110,7 @@ class Memory:
         self.caches = {cache.name: self._cache(cache) for cache in program.caches}
         self.weights: list[U8] = [_zeros((weight.nbytes,), np.uint8) for weight in weights(program)]
         self.rope: dict[tuple[int, float], tuple[F32, F32]] = {
-            (op.rotary_dim, op.theta): rope_tables(program.seq_len, op.rotary_dim, op.theta)
-            for segment in program.segments
-            for op in segment.ops
-            if isinstance(op, Rope)
+            kind: rope_tables(program.seq_len, *kind) for kind in _rope_kinds(program)
         }
         self.slots: I64 = np.zeros(program.max_rows, np.int64)
         self.positions: I64 = np.zeros(program.max_rows, np.int64)

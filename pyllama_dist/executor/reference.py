@@ -162,5 +162,5 @@ class ReferenceExecutor:
         return x.reshape(len(x), -1, head_dim)
 
     def _weight(self, weight: Weight) -> U8:
-        rows = weight.shape[0]
-        return self._held[weight].reshape(rows, -1)
+        rows, cols = weight.shape
+        return self._held[weight].reshape(rows, weight.float_type.row_bytes(cols))

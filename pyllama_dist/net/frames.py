@@ -40,7 +40,7 @@ def decode(frame: bytes | memoryview) -> Message:
             frame,
             raw=False,
             strict_map_key=True,
-            max_str_len=4096,
+            max_str_len=4 * 4096,  # bytes; characters are counted with the types
             max_bin_len=16,
             max_array_len=1 << 16,
             max_map_len=32,

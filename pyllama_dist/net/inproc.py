@@ -72,14 +72,16 @@ class _InprocChannel:
         try:
             found = self._inbox.get({"peer"}, deadline)
         except LookupError:
-            raise LostError(f"{self.address} closed the connection", self.address) from None
+            raise LostError("it closed the connection", self.address) from None
         if found is None:
-            raise LostError(f"{self.address} said nothing for {timeout:.0f} s", self.address)
+            raise LostError(f"it said nothing for {timeout:.0f} s", self.address)
         frames = found[1]
         return wire.decode(frames[0]), frames[1] if len(frames) > 1 else b""
 
-    def close(self) -> None:
+    def close(self, last: Message | None = None) -> None:
         """See `Channel`."""
+        if last is not None:
+            self.send(last)
         self._outbox.leave("peer")
 
 
@@ -222,10 +224,10 @@ class InprocMesh:
             found = self._inbox.get(set(nodes), deadline)
         except LookupError as gone:
             name = self._names[gone.args[0]]
-            raise LostError(f"{name} closed the connection", name) from None
+            raise LostError("it closed the connection", name) from None
         if found is None:
             names = ", ".join(self._names[node] for node in sorted(nodes))
-            raise LostError(f"{names} sent nothing for {timeout:.0f} s", names)
+            raise LostError(f"sent nothing for {timeout:.0f} s", names)
         sender, frames = found
         if not isinstance(sender, int):
             raise TypeError(sender)

@@ -40,9 +40,9 @@ class Address:
 class LostError(NodeError):
     """A peer closed its connection, fell silent, or missed a deadline."""
 
-    def __init__(self, message: str, culprit: str) -> None:
-        super().__init__(message)
-        self.culprit = culprit
+    def __init__(self, detail: str, culprit: str) -> None:
+        super().__init__(f"lost {culprit}: {detail}")
+        self.detail, self.culprit = detail, culprit
 
 
 class Channel(Protocol):
@@ -68,8 +68,8 @@ class Channel(Protocol):
             ProtocolError: what came is not a message.
         """
 
-    def close(self) -> None:
-        """Ends the conversation."""
+    def close(self, last: Message | None = None) -> None:
+        """Ends the conversation, with a last message if the peer can take it at once."""
 
 
 class Mesh(Protocol):

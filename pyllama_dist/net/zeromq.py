@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -20,6 +21,8 @@ _SEND_SECONDS = 60.0
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _GOODBYE_MS = 500  # for a last message to leave, and for one that explains a closed connection
 _WEIGHTS_AHEAD = 8  # raw frames that wait in a socket: memory of up to 8 MiB on each side
+
+CLOSED = "its connection closed, or it fell silent"
 
 _LOST = zmq.EVENT_DISCONNECTED
 _REFUSED = (
@@ -41,12 +44,12 @@ def _socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, limit: int) ->
     socket.heartbeat_ivl = _HEARTBEAT_MS
     socket.heartbeat_timeout = _SILENCE_MS
     socket.maxmsgsize = limit
-    socket.sndtimeo = int(_SEND_SECONDS * 1000)
     return socket
 
 
-def _close(socket: zmq.Socket[bytes], linger: int = 0) -> None:
+def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], linger: int = 0) -> None:
     socket.disable_monitor()
+    monitor.close(linger=0)  # or the context waits for it without end
     socket.close(linger=linger)
 
 
@@ -78,29 +81,37 @@ class _DealerChannel:
     def send(self, message: Message, raw: Raw | None = None) -> None:
         """See `Channel`."""
         parts = [wire.encode(message)] if raw is None else [wire.encode(message), raw]
-        try:
-            self._socket.send_multipart(parts)
-        except zmq.Again:
-            raise LostError(
-                f"{self.address} took nothing for {_SEND_SECONDS:.0f} s", self.address
-            ) from None
+        deadline = time.monotonic() + _SEND_SECONDS
+        while True:
+            with suppress(zmq.Again):
+                self._socket.send_multipart(parts, zmq.NOBLOCK)
+                return
+            if not self._wait(zmq.POLLOUT, deadline):
+                raise LostError(f"it took nothing for {_SEND_SECONDS:.0f} s", self.address)
 
     def receive(self, timeout: float | None) -> tuple[Message, Raw]:
         """See `Channel`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        watched = [(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
-        while True:
-            ready = [s for s, _ in zmq.zmq_poll(watched, _milliseconds(deadline))]
-            if self._socket in ready:
-                return _parse(self._socket.recv_multipart())
-            if not ready:
-                raise LostError(f"{self.address} did not answer in {timeout:.0f} s", self.address)
-            if recv_monitor_message(self._monitor)["event"] == _LOST:
-                raise LostError(f"{self.address} closed the connection", self.address)
+        if not self._wait(zmq.POLLIN, deadline):
+            raise LostError(f"it did not answer in {timeout:.0f} s", self.address)
+        return _parse(self._socket.recv_multipart())
 
-    def close(self) -> None:
+    def _wait(self, event: int, deadline: float | None) -> bool:
+        """Waits until the socket can be read or written; whether it can."""
+        watched = [(self._socket, event), (self._monitor, zmq.POLLIN)]
+        ready = [s for s, _ in zmq.zmq_poll(watched, _milliseconds(deadline))]
+        # What a peer said before it went is still there to be read.
+        if self._monitor in ready and self._socket not in ready:
+            recv_monitor_message(self._monitor)
+            raise LostError(CLOSED, self.address)
+        return bool(ready)
+
+    def close(self, last: Message | None = None) -> None:
         """See `Channel`."""
-        _close(self._socket, _GOODBYE_MS)
+        if last is not None:
+            with suppress(zmq.ZMQError):
+                self._socket.send(wire.encode(last), zmq.NOBLOCK)
+        _close(self._socket, self._monitor, _GOODBYE_MS)
 
 
 class ZmqDialer:
@@ -113,7 +124,7 @@ class ZmqDialer:
         """A channel to a worker.
 
         Raises:
-            LostError: nobody is there, or somebody else is.
+            NodeError: nobody is there, or somebody else is.
         """
         socket = _socket(self._context, zmq.DEALER, wire.HARD_LIMIT)
         socket.sndhwm = _WEIGHTS_AHEAD
@@ -122,18 +133,16 @@ class ZmqDialer:
         socket.connect(_url(address))
         try:
             if not monitor.poll(int(CONNECT_SECONDS * 1000)):
-                raise LostError(
+                raise errors.NodeError(
                     f"nobody answers at {address}; is the worker running, and is that its "
-                    f"address? start it with: pyllama-dist worker --port {address.port}",
-                    str(address),
+                    f"address? start it with: pyllama-dist worker --port {address.port}"
                 )
             if recv_monitor_message(monitor)["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                raise LostError(
-                    f"what listens at {address} is not a pyllama-dist worker; check the port",
-                    str(address),
+                raise errors.NodeError(
+                    f"what listens at {address} is not a pyllama-dist worker; check the port"
                 )
         except BaseException:
-            _close(socket)
+            _close(socket, monitor)
             raise
         return _DealerChannel(address, socket, monitor)
 
@@ -157,23 +166,25 @@ class _RouterChannel:
         """See `Channel`."""
         del raw  # a worker sends none
         try:
-            self.listener.socket.send_multipart([self.identity, wire.encode(message)])
+            self.listener.socket.send_multipart([self.identity, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
-            raise LostError("the root is gone", ROOT) from None
+            raise LostError(CLOSED, ROOT) from None
 
     def receive(self, timeout: float | None) -> tuple[Message, Raw]:
         """See `Channel`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if not self.listener.socket.poll(_milliseconds(deadline)):
-                raise LostError(f"the root said nothing for {timeout:.0f} s", ROOT)
+                raise LostError(f"it said nothing for {timeout:.0f} s", ROOT)
             identity, *frames = self.listener.socket.recv_multipart()
             if identity == self.identity:
                 return _parse(frames)
             self.listener.refuse(identity, frames, busy_with=self.address)
 
-    def close(self) -> None:
+    def close(self, last: Message | None = None) -> None:
         """See `Channel`."""
+        if last is not None:
+            self.listener.answer(self.identity, last)
         self.listener.forget(self.identity)
 
 
@@ -235,7 +246,7 @@ class ZmqListener:
                 log.warning("refused a peer: %s", reason)
                 self._known += 1
                 self.forget(identity)
-                self._answer(identity, reason)
+                self._refuse(identity, reason)
 
     def mesh(self) -> Mesh:
         """See `Listener`."""
@@ -249,10 +260,10 @@ class ZmqListener:
         self.forget(identity)
         try:
             _parse(frames)
-            self._answer(identity, f"busy: this worker serves the root {busy_with}; try later")
+            self._refuse(identity, f"busy: this worker serves the root {busy_with}; try later")
         except errors.ProtocolError as error:
             log.warning("refused a peer: %s", error)
-            self._answer(identity, str(error))
+            self._refuse(identity, str(error))
 
     def forget(self, identity: bytes) -> None:
         """From now on nothing but a new hello counts from this peer."""
@@ -260,14 +271,16 @@ class ZmqListener:
 
     def close(self) -> None:
         """Stops listening."""
-        _close(self.socket, _GOODBYE_MS)
+        _close(self.socket, self._monitor, _GOODBYE_MS)
         self._context.term()
 
-    def _answer(self, identity: bytes, reason: str) -> None:
-        try:
-            self.socket.send_multipart([identity, wire.encode(Error(Phase.HELLO, reason[:4096]))])
-        except zmq.ZMQError:
-            log.debug("a refused peer did not wait for the reason")
+    def answer(self, identity: bytes, message: Message) -> None:
+        """Says something to a peer if it can take it at once."""
+        with suppress(zmq.ZMQError):
+            self.socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
+
+    def _refuse(self, identity: bytes, reason: str) -> None:
+        self.answer(identity, Error(Phase.HELLO, reason[:4096]))
 
     def _report(self, event: int) -> None:
         if event == _LOST and self._known:
@@ -314,7 +327,10 @@ class ZmqMesh:
     def connect(self, peers: Mapping[int, Address]) -> None:
         """See `Mesh`."""
         for node, address in peers.items():
-            self._open(node).connect(_url(address))
+            try:
+                self._open(node).connect(_url(address))
+            except zmq.ZMQError as error:
+                raise errors.NodeError(f"cannot connect to {address}: {error}") from None
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""
@@ -322,30 +338,24 @@ class ZmqMesh:
         deadline = time.monotonic() + timeout
         link = wire.encode(Link(session, node))
         # Who connects speaks first: only then does the other end know that it is not alone.
-        for peer, socket in self._sockets.items():
+        for peer in self._sockets:
             if peer not in self._bound:
-                self._send_link(peer, socket, link, deadline)
+                self._send(peer, link, deadline)
         for peer, socket in self._sockets.items():
             if not socket.poll(_milliseconds(deadline)):
                 raise LostError(
-                    f"no data connection with {names[peer]} after {timeout:.0f} s; does a "
-                    f"firewall stand between the nodes?",
+                    f"no data connection after {timeout:.0f} s; does a firewall stand between?",
                     names[peer],
                 )
             theirs = wire.decode(socket.recv())
             if theirs != Link(session, peer):
                 raise errors.ProtocolError(f"a stranger spoke for {names[peer]}: {theirs!r}")
             if peer in self._bound:
-                self._send_link(peer, socket, link, deadline)
+                self._send(peer, link, deadline)
 
     def send(self, node: int, frame: memoryview) -> None:
         """See `Mesh`."""
-        try:
-            # Copied: the pipe is written again before ZeroMQ's own thread has sent a frame.
-            self._sockets[node].send(frame, copy=True)
-        except zmq.Again:
-            name = self._names[node]
-            raise LostError(f"{name} took nothing for {_SEND_SECONDS:.0f} s", name) from None
+        self._send(node, frame, time.monotonic() + _SEND_SECONDS)
 
     def receive(
         self, frames: Mapping[int, memoryview], timeout: float
@@ -363,10 +373,10 @@ class ZmqMesh:
                 yield node, received
             if not pending:
                 return
-            watched = [self._sockets[node] for node in pending]
-            if not self._poll(watched, _milliseconds(deadline)):
+            watched = [(self._sockets[node], zmq.POLLIN) for node in pending]
+            if not self._poll(watched, deadline):
                 names = ", ".join(self._names[node] for node in pending)
-                raise LostError(f"{names} sent nothing for {timeout:.0f} s", names)
+                raise LostError(f"sent nothing for {timeout:.0f} s", names)
 
     def wait(self, channel: Channel) -> tuple[Message, Raw]:
         """See `Mesh`."""
@@ -374,7 +384,7 @@ class ZmqMesh:
             raise TypeError("only a worker waits for a root")
         try:
             while True:
-                self._poll([channel.listener.socket], -1)
+                self._poll([(channel.listener.socket, zmq.POLLIN)], None)
                 try:
                     return channel.receive(0)
                 except LostError:
@@ -391,8 +401,8 @@ class ZmqMesh:
 
     def close(self) -> None:
         """See `Mesh`."""
-        for socket in self._sockets.values():
-            _close(socket)
+        for node, socket in self._sockets.items():
+            _close(socket, self._monitors[node])
         self._sockets, self._monitors = {}, {}
 
     def _open(self, node: int) -> zmq.Socket[bytes]:
@@ -403,25 +413,26 @@ class ZmqMesh:
         self._monitors[node] = socket.get_monitor_socket(_LOST)
         return socket
 
-    def _send_link(
-        self, peer: int, socket: zmq.Socket[bytes], link: bytes, deadline: float
-    ) -> None:
-        if not socket.poll(_milliseconds(deadline), zmq.POLLOUT):
-            name = self._names[peer]
-            raise LostError(f"cannot connect to the data port of {name}", name)
-        socket.send(link)
+    def _send(self, node: int, frame: Raw, deadline: float) -> None:
+        socket = self._sockets[node]
+        while True:
+            with suppress(zmq.Again):
+                # Copied: the pipe is written again before ZeroMQ's own thread has sent a frame.
+                socket.send(frame, zmq.NOBLOCK, copy=True)
+                return
+            if not self._poll([(socket, zmq.POLLOUT)], deadline):
+                raise LostError("no room to send to it; is it reachable?", self._names[node])
 
-    def _poll(self, sockets: list[zmq.Socket[bytes]], milliseconds: int) -> bool:
-        """Waits for one of the sockets; whether one is ready.
+    def _poll(self, sockets: Sequence[tuple[zmq.Socket[bytes], int]], deadline: float | None) -> bool:
+        """Waits until one of the sockets can be read or written; whether one can.
 
         Raises:
             LostError: a peer is gone.
         """
-        watched = [*sockets, *self._monitors.values()]
-        ready = {s for s, _ in zmq.zmq_poll([(s, zmq.POLLIN) for s in watched], milliseconds)}
+        watched = [*sockets, *((monitor, zmq.POLLIN) for monitor in self._monitors.values())]
+        ready = {s for s, _ in zmq.zmq_poll(watched, _milliseconds(deadline))}
         for node, monitor in self._monitors.items():
             if monitor in ready:
                 recv_monitor_message(monitor)
-                name = self._names[node] if self._names else f"node {node}"
-                raise LostError(f"{name} closed the connection", name)
+                raise LostError(CLOSED, self._names[node])
         return bool(ready)

@@ -89,6 +89,8 @@ class Tokenizer:
                 "model": _without(model, {token.text for token in added}),
                 "added_tokens": [],
                 "post_processor": None,
+                "truncation": None,  # saved by training scripts; it would cut prompts
+                "padding": None,
             }
             library = Library.from_str(json.dumps(plain))
         except Exception as error:  # the library raises bare Exception

@@ -1,0 +1,56 @@
+"""A whole cluster within one process: workers are threads, the network is a queue.
+
+For tests, and to step through all nodes of a step with one debugger.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from pyllama_dist.net.inproc import Hub, InprocListener
+from pyllama_dist.net.transport import Address, LostError
+from pyllama_dist.program import Program
+from pyllama_dist.root import Root, WeightSource
+from pyllama_dist.worker import serve
+
+
+@contextmanager
+def simulated_root(
+    source: WeightSource, programs: Sequence[Program], n_threads: int = 1, timeout: float = 10.0
+) -> Iterator[Root]:
+    """A root with a worker thread for each further program; all end with the context.
+
+    Args:
+        source: the model file.
+        programs: one for each node, the root's first.
+        n_threads: threads of each node.
+        timeout: seconds that an exchange may take.
+    """
+    hub = Hub()
+    doors = [hub.listen() for _ in programs[1:]]
+    threads = [
+        threading.Thread(target=_serve, args=(door, n_threads), name=f"worker-{i}", daemon=True)
+        for i, door in enumerate(doors, start=1)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        with Root(
+            source,
+            programs,
+            n_threads=n_threads,
+            timeout=timeout,
+            dialer=hub,
+            workers=[Address("inproc", door.port) for door in doors],
+        ) as root:
+            yield root
+    finally:
+        for door in doors:
+            door.close()
+        for thread in threads:
+            thread.join(timeout)
+
+
+def _serve(door: InprocListener, n_threads: int) -> None:
+    with suppress(LostError):  # the door was closed
+        serve(door, n_threads)

@@ -1,0 +1,331 @@
+"""Programs and batches that would lead an op outside its memory are refused by name."""
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from pyllama_dist.check import check_batch, check_program
+from pyllama_dist.config import Arch, FloatType
+from pyllama_dist.errors import ProtocolError
+from pyllama_dist.executor.reference import ReferenceExecutor
+from pyllama_dist.program import (
+    Add,
+    Attention,
+    Batch,
+    Buffer,
+    Cache,
+    Gather,
+    Matmul,
+    Merge,
+    Pipe,
+    Program,
+    Quantize,
+    RmsNorm,
+    Rope,
+    Segment,
+    SiluMul,
+    StoreKv,
+    Sync,
+    SyncKind,
+    weights,
+)
+
+Q40, Q80, F32, F16 = FloatType.Q40, FloatType.Q80, FloatType.F32, FloatType.F16
+
+
+@pytest.mark.parametrize("arch", list(Arch))
+@pytest.mark.parametrize("weights_type", [F32, Q40, Q80])
+@pytest.mark.parametrize("sync", [F32, Q80])
+@pytest.mark.parametrize("n_nodes", range(1, 9))
+def test_programs_of_models_are_accepted(tiny, arch, weights_type, sync, n_nodes):
+    for program in tiny(arch=arch, weights=weights_type).programs(n_nodes, sync=sync):
+        check_program(program)
+
+
+@pytest.fixture(scope="module")
+def program(tiny):
+    """A worker's: it has every kind of op, memory and sync."""
+    return tiny(weights=Q40).programs(3, sync=Q80)[1]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other fields for the first op of a kind."""
+
+    kind: type
+    fields: dict[str, object]
+    complaint: str
+
+    def __call__(self, program: Program) -> Program:
+        done = False
+
+        def changed(op):
+            nonlocal done
+            if done or not isinstance(op, self.kind):
+                return op
+            done = True
+            fields = {k: v(getattr(op, k)) if callable(v) else v for k, v in self.fields.items()}
+            return replace(op, **fields)
+
+        segments = tuple(
+            replace(segment, ops=tuple(changed(op) for op in segment.ops))
+            for segment in program.segments
+        )
+        assert done
+        return replace(program, segments=segments)
+
+
+def part(**fields):
+    """Changes a weight."""
+    return lambda weight: replace(weight, **fields)
+
+
+BAD_OPS = [
+    Change(RmsNorm, {"source": "nowhere"}, "nowhere does not exist"),
+    Change(RmsNorm, {"target": "q"}, "differ in width"),
+    Change(RmsNorm, {"target": "last"}, "other rows"),
+    Change(RmsNorm, {"source": "y_q80"}, "not float32"),
+    Change(RmsNorm, {"epsilon": math.nan}, "epsilon"),
+    Change(RmsNorm, {"epsilon": math.inf}, "epsilon"),
+    Change(RmsNorm, {"epsilon": -1e-6}, "epsilon"),
+    Change(RmsNorm, {"weight": part(cols=(0, 63))}, "1 x 63, not 1 x 64"),
+    Change(RmsNorm, {"weight": part(rows=(1, 0))}, "negative"),
+    Change(RmsNorm, {"weight": part(float_type=Q80)}, "is Q80"),
+    Change(Quantize, {"target": "y"}, "target is not Q80"),
+    Change(Quantize, {"target": "z_q80"}, "widths differ"),
+    Change(Quantize, {"target": "last_y_q80"}, "other rows"),
+    Change(Quantize, {"source": "y_q80"}, "not float32"),
+    Change(Quantize, {"source": "k.0"}, "k.0 does not exist"),
+    Change(Matmul, {"source": "y"}, "does not go with"),
+    Change(Matmul, {"source": "z_q80"}, "q_proj.weight is"),
+    Change(Matmul, {"source": "partials"}, "must be a buffer"),
+    Change(Matmul, {"target": "k"}, "q_proj.weight is"),
+    Change(Matmul, {"target": "y_q80"}, "not float32"),
+    Change(Matmul, {"weight": part(float_type=F16)}, "F16 weights"),
+    Change(Matmul, {"weight": part(float_type=F32)}, "does not go with"),
+    Change(Matmul, {"weight": part(rows=(0, 1))}, "is 1 x 64"),
+    Change(Matmul, {"weight": part(rows=(64, 0))}, "negative"),
+    Change(Matmul, {"weight": part(cols=(0, 32))}, "x 32"),
+    Change(Matmul, {"weight": part(cols=(0, 33))}, "x 33"),
+    Change(Matmul, {"bias": part(cols=(0, 5))}, "1 x 5"),
+    Change(Matmul, {"bias": part(rows=(0, 2))}, "q_proj.bias is 2 x"),
+    Change(Matmul, {"bias": part(float_type=Q40)}, "q_proj.bias is Q40"),
+    Change(Rope, {"target": "nowhere"}, "nowhere does not exist"),
+    Change(Rope, {"target": "last"}, "no batch rows"),
+    Change(Rope, {"head_dim": 17}, "not whole"),
+    Change(Rope, {"rotary_dim": 7}, "odd"),
+    Change(Rope, {"rotary_dim": 18}, "beyond the head"),
+    Change(Rope, {"theta": math.nan}, "theta"),
+    Change(Rope, {"theta": math.inf}, "theta"),
+    Change(Rope, {"theta": 0.0}, "theta"),
+    Change(StoreKv, {"keys": "q"}, "does not fill"),
+    Change(StoreKv, {"values": "q"}, "does not fill"),
+    Change(StoreKv, {"key_cache": "k"}, "cache k does not exist"),
+    Change(StoreKv, {"value_cache": "v.9"}, "cache v.9 does not exist"),
+    Change(Attention, {"query": "y_q80"}, "not float32"),
+    Change(Attention, {"target": "y"}, "differ in width"),
+    Change(Attention, {"key_cache": "z"}, "cache z does not exist"),
+    Change(Attention, {"first": 1 << 24}, "reach beyond"),
+    Change(Attention, {"first": 8}, "reach beyond"),
+    Change(Attention, {"group": 1}, "reach beyond"),
+    Change(SiluMul, {"up": "y"}, "differ in width"),
+    Change(SiluMul, {"gate": "hidden_q80"}, "not float32"),
+    Change(SiluMul, {"target": "y"}, "differ in width"),
+    Change(Merge, {"source": "y"}, "is no pipe"),
+    Change(Merge, {"source": "logits"}, "slots"),
+    Change(Merge, {"target": "q"}, "differ in width"),
+    Change(Merge, {"target": "last"}, "other rows"),
+    Change(Add, {"source": "q"}, "differ in width"),
+    Change(Add, {"target": "partials"}, "not float32"),
+    Change(Add, {"target": "last"}, "other rows"),
+    Change(Gather, {"source": "last"}, "source has no batch rows"),
+    Change(Gather, {"target": "y"}, "target has no logits rows"),
+    Change(Gather, {"source": "q"}, "widths differ"),
+]
+
+
+@pytest.mark.parametrize(
+    "change", BAD_OPS, ids=lambda c: f"{c.kind.__name__}-{next(iter(c.fields))}-{c.complaint}"
+)
+def test_an_op_that_does_not_fit_is_refused_by_name(program, change):
+    where = rf"segment .+, op \d+ \({change.kind.__name__}\): .*"
+    with pytest.raises(ProtocolError, match=where + change.complaint) as caught:
+        check_program(change(program))
+    assert "\n" not in str(caught.value)
+
+
+def with_memory(kind, **fields):
+    """Changes the first pipe, buffer or cache."""
+
+    def change(program: Program) -> Program:
+        first, *rest = getattr(program, kind)
+        return replace(program, **{kind: (replace(first, **fields), *rest)})
+
+    return change
+
+
+def with_sync(**fields):
+    def change(program: Program) -> Program:
+        first, *rest = program.segments
+        return replace(program, segments=(replace(first, syncs=(Sync(**fields),)), *rest))
+
+    return change
+
+
+BAD_PROGRAMS = {
+    "node 3 of 3 nodes": lambda p: replace(p, node=3),
+    "node 1 of 257 nodes": lambda p: replace(p, n_nodes=257),
+    "pipe partials has 3 slots": lambda p: replace(p, n_nodes=4),
+    "segments, at most": lambda p: replace(p, segments=(Segment("idle"),) * 4097),
+    "more than 65536 ops": lambda p: replace(
+        p, segments=(Segment("long", (Add("y", "y"),) * 65537),)
+    ),
+    "same name": lambda p: replace(p, buffers=(*p.buffers, p.buffers[0])),
+    "have the same name": lambda p: replace(p, caches=(Cache("y", 1, 1), *p.caches)),
+    "pipe x has 2 slots": with_memory("pipes", widths=(64, 64)),
+    "pipe x has 0 slots": with_memory("pipes", widths=()),
+    "x is F16": with_memory("pipes", float_type=F16),
+    "y is Q40": with_memory("buffers", float_type=Q40),
+    "spare is not whole blocks": lambda p: replace(
+        p, buffers=(*p.buffers, Buffer("spare", Q80, 33))
+    ),
+    "extra is not whole blocks": lambda p: replace(p, pipes=(*p.pipes, Pipe("extra", Q80, (31,)))),
+    "syncs y, which is no pipe": with_sync(pipe="y", kind=SyncKind.WITH_ROOT),
+    "pipe x has no slot for each node": with_sync(pipe="x", kind=SyncKind.NODE_SLICES),
+    "x has no slot for each": with_sync(pipe="x", kind=SyncKind.NODE_SLICES_EXCEPT_ROOT),
+}
+
+
+@pytest.mark.parametrize("complaint", BAD_PROGRAMS)
+def test_a_program_that_does_not_add_up_is_refused(program, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        check_program(BAD_PROGRAMS[complaint](program))
+
+
+def test_caches_of_different_shape_are_refused(program):
+    caches = tuple(
+        Cache(c.name, c.kv_heads * 2, c.head_dim // 2) if c.name == "v.0" else c
+        for c in program.caches
+    )
+    with pytest.raises(ProtocolError, match=r"\(Attention\): caches differ"):
+        check_program(replace(program, caches=caches))
+
+
+def test_a_pipe_that_only_the_root_collects_cannot_be_merged_by_a_worker():
+    program = Program(
+        n_nodes=2,
+        node=1,
+        max_rows=1,
+        max_logits=1,
+        n_slots=1,
+        seq_len=1,
+        pipes=(Pipe("parts", F32, (8, 8)),),
+        buffers=(Buffer("sum", F32, 8),),
+        caches=(),
+        segments=(
+            Segment("collect", (), (Sync("parts", SyncKind.NODE_SLICES_EXCEPT_ROOT),)),
+            Segment("merge", (Merge("parts", "sum"),)),
+        ),
+    )
+    with pytest.raises(ProtocolError, match="slots are not here"):
+        check_program(program)
+    check_program(replace(program, node=0))
+
+
+# Programs as they may come over the wire: any value of a field replaced by another of its type.
+
+
+def leaves(value, path=()):
+    """The paths to all values that are no containers."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "type":
+                yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from leaves(inner, (*path, i))
+    else:
+        yield path
+
+
+def put(value, path, new):
+    first, *rest = path
+    copy = value.copy()
+    copy[first] = put(value[first], rest, new) if rest else new
+    return copy
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_what_is_accepted_runs(program, data):
+    """One field of a good program changed: refused, or harmless."""
+    plain = msgspec.to_builtins(program)
+    path = data.draw(st.sampled_from(list(leaves(plain))))
+    names = sorted({memory["name"] for kind in ("pipes", "buffers", "caches")
+                    for memory in plain[kind]})  # fmt: skip
+    small = st.integers(0, 130)
+    plain = put(plain, path, data.draw(st.sampled_from(names) | small | st.just(1e-3)))
+    try:
+        changed = msgspec.convert(plain, Program)
+        check_program(changed)
+    except (msgspec.ValidationError, ProtocolError):
+        return
+    for weight in weights(changed):
+        assert weight.nbytes >= 0
+    with ReferenceExecutor(changed) as executor:
+        rows = min(changed.max_rows, changed.seq_len, 3)
+        logits = tuple(range(min(rows, changed.max_logits)))
+        batch = Batch((changed.n_slots - 1,) * rows, tuple(range(rows)), logits)
+        check_batch(changed, batch)
+        executor.begin(batch)
+        with np.errstate(all="ignore"):
+            for segment in range(len(changed.segments)):
+                executor.run(segment)
+
+
+# --- batches
+
+
+GOOD_BATCHES = [
+    Batch((0,), (0,), ()),
+    Batch((1,), (31,), (0,)),
+    Batch((0,) * 8, tuple(range(8)), tuple(range(8))),
+    Batch((0, 1, 0, 1), (31, 31, 0, 0), (3, 0)),
+    Batch((0, 0), (0, 1), (1,) * 8),
+]
+BAD_BATCHES = {
+    "batch of 0 slots": Batch((), (), ()),
+    "batch of 9 slots": Batch((0,) * 9, tuple(range(9)), ()),
+    "2 slots and 1 positions": Batch((0, 0), (0,), ()),
+    "1 slots and 2 positions": Batch((0,), (0, 1), ()),
+    "slot 2 of 2": Batch((0, 2), (0, 0), ()),
+    "position 32 of 32": Batch((0, 0), (0, 32), ()),
+    "same slot and position": Batch((0, 1, 0), (5, 5, 5), ()),
+    "logits of 1 rows wanted": Batch((0, 0), (0, 1), (2,)),
+    "logits of 9 rows wanted": Batch((0, 0), (0, 1), (0,) * 9),
+}
+
+
+@pytest.mark.parametrize("batch", GOOD_BATCHES)
+def test_batches_within_bounds_are_accepted(program, batch):
+    check_batch(program, batch)
+
+
+@pytest.mark.parametrize("complaint", BAD_BATCHES)
+def test_batches_out_of_bounds_are_refused(program, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        check_batch(program, BAD_BATCHES[complaint])
+
+
+@pytest.mark.parametrize("field", ["slots", "positions", "logits"])
+@pytest.mark.parametrize("value", [-1, (1 << 24) + 1, 0.5, None])
+def test_the_types_of_a_batch_bound_its_values(field, value):
+    fields = {"slots": [0], "positions": [0], "logits": [0]} | {field: [value]}
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(fields, Batch)

@@ -1,0 +1,274 @@
+"""The compiled executor against the plain one, and against itself with other threads and batches."""
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from pyllama_dist.config import Arch, FloatType
+from pyllama_dist.executor import make_executor
+from pyllama_dist.executor.compiled import CompiledExecutor
+from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.executor.reference import ReferenceExecutor
+from pyllama_dist.errors import UsageError
+from pyllama_dist.program import Add, Batch, Buffer, Program, Rope, Segment
+
+WEIGHTS = pytest.mark.parametrize(
+    "weights", [FloatType.F32, FloatType.Q40, FloatType.Q80], ids=lambda t: t.name
+)
+ARCHS = pytest.mark.parametrize("arch", list(Arch))
+TOKENS = (5, 9, 2, 100, 0, 9, 77, 31)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@contextmanager
+def compiled(model, n_threads=1, **limits):
+    with CompiledExecutor(model.programs(**limits)[0], n_threads) as executor:
+        model.fill(executor.memory)
+        yield executor
+
+
+@contextmanager
+def plain(model, **limits):
+    with ReferenceExecutor(model.programs(**limits)[0]) as executor:
+        model.fill(executor.memory)
+        yield executor
+
+
+def step(model, executor, tokens, batch):
+    """One step of a node that is alone: the logits that the batch wants."""
+    memory = executor.memory
+    memory.pipes["x"].f32(0, len(tokens))[:] = model.embed(tokens)
+    executor.begin(batch)
+    for segment in range(len(memory.program.segments)):
+        executor.run(segment)
+    executor.end()
+    return memory.pipes["logits"].f32(0, len(batch.logits)).copy()
+
+
+def assert_close(found, expected, weights=FloatType.F32):
+    """Equal up to the order of sums; one rounding of an activation may fall to the other side."""
+    atol = 1e-4 if weights is FloatType.F32 else 5e-2
+    np.testing.assert_allclose(found, expected, atol=atol * np.abs(expected).max(), rtol=0)
+
+
+@ARCHS
+@WEIGHTS
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiled_agrees_with_plain(tiny, run_of, arch, weights, bias):
+    model = tiny(arch=arch, weights=weights, qkv_bias=bias)
+    with compiled(model) as one, plain(model) as other:
+        found = step(model, one, TOKENS, run_of(0, TOKENS))
+        expected = step(model, other, TOKENS, run_of(0, TOKENS))
+        assert_close(found, expected, weights)
+        for cache in one.memory.caches:
+            assert_close(one.memory.caches[cache], other.memory.caches[cache], weights)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"dim": 50, "ffn_dim": 37, "n_heads": 3, "n_kv_heads": 1, "head_dim": 10, "rotary_dim": 4},
+        {"n_heads": 1, "n_kv_heads": 1, "head_dim": 6, "rotary_dim": 0, "vocab_size": 1},
+        {"n_heads": 6, "n_kv_heads": 6, "head_dim": 2, "rotary_dim": 2, "n_layers": 1},
+    ],
+    ids=str,
+)
+def test_compiled_agrees_with_plain_for_odd_sizes(tiny, run_of, sizes):
+    model = tiny(**sizes)
+    with compiled(model, n_threads=3) as one, plain(model) as other:
+        tokens = [token % model.config.vocab_size for token in TOKENS]
+        found = step(model, one, tokens, run_of(0, tokens))
+        assert_close(found, step(model, other, tokens, run_of(0, tokens)))
+
+
+@ARCHS
+@WEIGHTS
+@pytest.mark.parametrize("n_threads", [2, 3, 5])
+def test_results_do_not_depend_on_the_number_of_threads(tiny, run_of, arch, weights, n_threads):
+    model = tiny(arch=arch, weights=weights)
+    with compiled(model) as one, compiled(model, n_threads) as several:
+        batches = [(TOKENS, run_of(0, TOKENS)), ((3,), run_of(8, (3,))), ((4,), run_of(9, (4,)))]
+        for tokens, batch in batches:
+            found, expected = (step(model, e, tokens, batch) for e in (several, one))
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_many_steps_in_a_row(tiny, run_of):
+    model = tiny(weights=FloatType.Q40)
+    with compiled(model, 2) as one, plain(model) as other:
+        for position in range(32):
+            tokens = (position * 7 % 101,)
+            found = step(model, one, tokens, run_of(position, tokens))
+            expected = step(model, other, tokens, run_of(position, tokens))
+            assert_close(found, expected, FloatType.Q40)
+
+
+@WEIGHTS
+def test_a_prompt_at_once_is_a_prompt_token_by_token(tiny, run_of, weights):
+    model = tiny(weights=weights)
+    with compiled(model) as at_once, compiled(model) as one_by_one:
+        expected = step(model, at_once, TOKENS, run_of(0, TOKENS))
+        for position, token in enumerate(TOKENS):
+            found = step(model, one_by_one, (token,), run_of(position, (token,)))
+            np.testing.assert_array_equal(found[0], expected[position])
+
+
+def test_slots_do_not_disturb_each_other(tiny, run_of):
+    model = tiny(weights=FloatType.Q40)
+    first, second = (5, 9, 2, 100), (1, 1, 60)
+    with compiled(model) as alone, compiled(model) as shared:
+        step(model, shared, second, run_of(0, second, slot=1))
+        found = step(model, shared, first, run_of(0, first, slot=0))
+        np.testing.assert_array_equal(found, step(model, alone, first, run_of(0, first)))
+        step(model, alone, second, run_of(0, second))
+        found = step(model, shared, (8,), run_of(3, (8,), slot=1))
+        np.testing.assert_array_equal(found, step(model, alone, (8,), run_of(3, (8,))))
+
+
+@pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
+def test_rows_of_several_slots_in_one_batch_are_separate_steps(tiny, run_of, make):
+    model = tiny()
+    prompts = [(5, 9, 2), (1, 60), (7,)]
+    limits = {"n_slots": 3}
+    mixed_batch = Batch(slots=(2, 0, 1), positions=(1, 3, 2), logits=(1, 2, 0))
+    with make(model, **limits) as separate, make(model, **limits) as mixed:
+        for executor in (separate, mixed):
+            for slot, prompt in enumerate(prompts):
+                step(model, executor, prompt, run_of(0, prompt, slot=slot))
+        found = step(model, mixed, (42, 40, 41), mixed_batch)
+        for slot, prompt in enumerate(prompts):
+            tokens = (40 + slot,)
+            expected = step(model, separate, tokens, run_of(len(prompt), tokens, slot=slot))
+            assert_close(found[slot], expected[0])
+
+
+@pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
+def test_logits_come_in_the_order_in_which_they_are_wanted(tiny, run_of, make):
+    model = tiny()
+    with make(model) as executor:
+        every = step(model, executor, TOKENS, run_of(0, TOKENS))
+        batch = Batch((0,) * 8, tuple(range(8)), (7, 0, 0))
+        assert_close(step(model, executor, TOKENS, batch), every[[7, 0, 0]])
+        nothing = Batch((0,) * 8, tuple(range(8)), ())
+        assert step(model, executor, TOKENS, nothing).shape == (0, 101)
+
+
+def test_a_step_works_after_one_that_was_given_up(tiny, run_of):
+    model = tiny()
+    batch = run_of(0, TOKENS)
+    with compiled(model) as one, compiled(model, 3) as several:
+        expected = step(model, one, TOKENS, batch)
+        for ran in range(len(several.memory.program.segments) + 1):
+            several.begin(batch)
+            for segment in range(ran):
+                several.run(segment)
+            several.end()
+            np.testing.assert_array_equal(step(model, several, TOKENS, batch), expected)
+
+
+def kernel_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("kernel-")]
+
+
+def test_closing_ends_the_threads(tiny, run_of):
+    model = tiny()
+    with compiled(model, 4) as executor:
+        assert len(kernel_threads()) == 3
+        step(model, executor, TOKENS, run_of(0, TOKENS))
+        assert len(kernel_threads()) == 3
+    assert not kernel_threads()
+    executor.close()
+
+
+def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
+    model = tiny()
+
+    def broken_step():
+        with compiled(model, 3) as executor:
+            executor.begin(run_of(0, TOKENS))
+            try:
+                executor.run(0)
+                raise LookupError
+            finally:
+                executor.end()
+
+    with pytest.raises(LookupError):
+        broken_step()
+    assert not kernel_threads()
+
+
+@pytest.mark.parametrize("n_threads", [2, 5])
+def test_segments_without_ops_do_not_confuse_the_team(n_threads):
+    program = Program(
+        n_nodes=1,
+        node=0,
+        max_rows=5,
+        max_logits=1,
+        n_slots=1,
+        seq_len=8,
+        pipes=(),
+        buffers=(Buffer("one", FloatType.F32, 1), Buffer("sum", FloatType.F32, 1)),
+        caches=(),
+        segments=(Segment("idle"), Segment("add", (Add("one", "sum"),))) * 40,
+    )
+    with CompiledExecutor(program, n_threads) as executor:
+        total = executor.memory.buffers["sum"]
+        executor.memory.buffers["one"][:] = 1
+        for _ in range(25):
+            total[:] = 0
+            executor.begin(Batch((0,) * 5, tuple(range(5)), ()))
+            for segment in range(len(program.segments)):
+                executor.run(segment)
+            executor.end()
+            np.testing.assert_array_equal(total, np.full((5, 1), 40))
+
+
+def test_the_environment_chooses_the_kernels(tiny, monkeypatch):
+    program = tiny().programs()[0]
+    for asked, kind in (("portable", CompiledExecutor), ("reference", ReferenceExecutor)):
+        monkeypatch.setenv("PYLLAMA_KERNELS", asked)
+        with make_executor(program, 1) as executor:
+            assert isinstance(executor, kind)
+    monkeypatch.setenv("PYLLAMA_KERNELS", "fastest")
+    with pytest.raises(UsageError, match="PYLLAMA_KERNELS is 'fastest'"):
+        make_executor(program, 1)
+
+
+def arrays_of(memory):
+    """Everything that was allocated."""
+    yield from (pipe.memory for pipe in memory.pipes.values())
+    for buffer in memory.buffers.values():
+        yield from (buffer,) if isinstance(buffer, np.ndarray) else (buffer.values, buffer.scales)
+    yield from memory.caches.values()
+    yield from memory.weights
+    for tables in memory.rope.values():
+        yield from tables
+
+
+@WEIGHTS
+@pytest.mark.parametrize("n_nodes", [1, 3])
+def test_no_more_memory_is_taken_than_planned(tiny, weights, n_nodes):
+    for program in tiny(weights=weights).programs(n_nodes, sync=FloatType.Q80):
+        with ReferenceExecutor(program) as executor:
+            assert sum(array.nbytes for array in arrays_of(executor.memory)) <= (
+                planned_bytes(program)
+            )
+
+
+def test_tables_of_rope_are_planned_for():
+    program = Program(
+        n_nodes=1,
+        node=0,
+        max_rows=1,
+        max_logits=1,
+        n_slots=1,
+        seq_len=1 << 24,
+        pipes=(),
+        buffers=(Buffer("q", FloatType.F32, 1 << 16),),
+        caches=(),
+        segments=(Segment("turn", (Rope("q", 1 << 16, 1 << 16, 1e4),)),),
+    )
+    assert planned_bytes(program) >= (1 << 24) * (1 << 16) * 4

@@ -1,0 +1,392 @@
+"""Real processes over TCP: killed, stopped, interrupted, talked to in nonsense."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import psutil
+import pytest
+import zmq
+from pyllama_dist.cli.options import BUILTIN
+from pyllama_dist.config import Arch, FloatType, ModelConfig
+from pyllama_dist.formats.model_file import write_model
+from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL
+
+pytestmark = pytest.mark.timeout(90)
+
+PYLLAMA = [sys.executable, "-m", "pyllama_dist"]
+LONG = ["--prompt", "hello", "--temperature", "0", "--nthreads", "1"]
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A random model that never ends an answer before its context of 30,000 positions is full."""
+    directory = tmp_path_factory.mktemp("endless")
+    config = ModelConfig(
+        Arch.GLM4, 64, 288, 3, 8, 2, 32, 16, 1280, 30000, 1e4, 1e-5, True, FloatType.Q40
+    )
+    tensors = ARCHITECTURES[config.arch].tensors(config)
+    rng = np.random.default_rng(0)
+
+    def data(tensor):
+        shape = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+        yield (rng.standard_normal(shape) * 0.3).astype(np.float32)
+
+    write_model(directory / "model.m", config, tensors, data, lambda nbytes: None)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(BUILTIN / name, directory)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [99999]}')
+    return directory
+
+
+class Process:
+    """A command, what it has printed, and its certain end."""
+
+    def __init__(self, *args: str) -> None:
+        self.process = subprocess.Popen(
+            [*PYLLAMA, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def output(self, pattern: str, stream: str = "stderr", timeout: float = 60) -> re.Match[str]:
+        """Reads until the pattern has been printed."""
+        pipe = getattr(self.process, stream)
+        text, deadline = "", time.monotonic() + timeout
+        while not (found := re.search(pattern, text)):
+            left = deadline - time.monotonic()
+            assert left > 0, f"no {pattern!r} in {text!r}"
+            ready, _, _ = select.select([pipe], [], [], left)
+            chunk = os.read(pipe.fileno(), 65536) if ready else b""
+            assert chunk or not ready, f"ended without {pattern!r}: {text!r}"
+            text += chunk.decode()
+        return found
+
+    def end(self, timeout: float = 30) -> tuple[int, str, str]:
+        """Waits for the end: exit code, standard output, standard error."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out.decode(), err.decode()
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.communicate(timeout=10)
+
+
+@pytest.fixture
+def run() -> Iterator[object]:
+    """Starts commands, and ends what is left of them."""
+    started: list[Process] = []
+
+    def start(*args: str) -> Process:
+        started.append(Process(*args))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+    children = psutil.Process().children(recursive=True)
+    assert not children, f"left behind: {children}"
+
+
+@pytest.fixture
+def worker(run):
+    """Starts workers on free ports; their address is `.address`."""
+
+    def start(*args: str) -> Process:
+        process = run("worker", "--port", "0", "--nthreads", "1", *args)
+        process.address = process.output(r"listens on (\S+),")[1]
+        return process
+
+    return start
+
+
+def root(*args: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PYLLAMA, "root", *args], capture_output=True, text=True, timeout=60, **settings
+    )
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The error of a command: one line, no traceback, an exit code other than 0."""
+    assert result.returncode not in (0, 1), result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def answers(*workers: Process) -> None:
+    """The workers serve: a root gets an answer from all of them."""
+    result = root("--prompt", "What is 2 + 2?", "--json", "--workers", *(w.address for w in workers))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["nodes"] == len(workers) + 1
+
+
+def test_a_root_and_two_workers_by_hand_one_root_after_the_other(worker):
+    one, two = worker(), worker()
+    answers(one, two)
+    answers(two, one)
+    answers(one)
+
+
+def test_workers_serve_the_next_root_after_one_was_killed(worker, run, endless):
+    one, two = worker(), worker()
+    first = run("root", "--model", str(endless), *LONG, "--workers", one.address, two.address)
+    first.output(r"\S", "stdout")
+    first.process.kill()
+    for process in (one, two):
+        process.output(r"lost the root: .* listening again")
+    answers(one, two)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_is_named_within_seconds(worker, run, endless, victim):
+    workers = [worker(), worker()]
+    asking = run(
+        "root", "--model", str(endless), *LONG, "--workers", *(w.address for w in workers)
+    )
+    asking.output(r"\S", "stdout")
+    workers[victim].process.kill()
+    code, _, said = asking.end(timeout=5)  # what users are promised
+    assert code == 4
+    assert f"error: lost worker {workers[victim].address} in phase STEP" in said
+    assert "start its worker again" in said
+    workers[1 - victim].output("listening again")
+    answers(workers[1 - victim])
+
+
+def test_a_stopped_worker_is_found_and_serves_again_later(worker, run, endless):
+    one, two = worker(), worker()
+    asking = run("root", "--model", str(endless), *LONG, "--workers", one.address, two.address)
+    asking.output(r"\S", "stdout")
+    os.kill(two.pid, signal.SIGSTOP)
+    code, _, said = asking.end(timeout=40)
+    os.kill(two.pid, signal.SIGCONT)
+    assert code == 4
+    assert f"error: lost worker {two.address} in phase STEP" in said
+    two.output("listening again")
+    answers(one, two)
+
+
+def test_the_deadline_of_a_step_counts(worker, run, endless):
+    one = worker()
+    asking = run(
+        "root", "--model", str(endless), *LONG, "--timeout", "1.5", "--workers", one.address
+    )
+    asking.output(r"\S", "stdout")
+    os.kill(one.pid, signal.SIGSTOP)
+    code, _, said = asking.end(timeout=40)
+    os.kill(one.pid, signal.SIGCONT)
+    assert code == 4
+    assert f"lost worker {one.address} in phase STEP: sent nothing for 2 s (step" in said
+
+
+@pytest.mark.parametrize("moment", ["answer", "start"])
+def test_interrupting_a_root_leaves_no_process(run, endless, moment):
+    asking = run("root", "--model", str(endless), *LONG, "--local-workers", "2")
+    if moment == "answer":
+        asking.output(r"\S", "stdout")
+    else:
+        time.sleep(0.7)  # somewhere in between: interpreters start, nodes meet
+    family = psutil.Process(asking.pid).children(recursive=True)
+    os.kill(asking.pid, signal.SIGINT)
+    code, _, said = asking.end(timeout=20)
+    assert code == 130
+    assert "Traceback" not in said
+    gone, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
+def test_local_workers_end_with_a_root_that_was_killed(run, endless):
+    asking = run("root", "--model", str(endless), *LONG, "--local-workers", "2")
+    asking.output(r"\S", "stdout")
+    family = psutil.Process(asking.pid).children(recursive=True)
+    assert len(family) == 2
+    asking.process.kill()
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_a_worker_ends_on_interrupt_and_on_terminate(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = worker()
+        os.kill(process.pid, number)
+        code, _, said = process.end()
+        assert code == 0
+        assert "worker ends" in said
+
+
+def test_nobody_there(run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    said = one_line(root("--prompt", "hi", "--workers", address))
+    assert f"nobody answers at {address}" in said
+    assert "pyllama-dist worker --port" in said
+
+
+def test_somebody_else_is_there(run):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        said = one_line(root("--prompt", "hi", "--workers", address))
+    assert address in said
+
+
+def test_a_port_in_use(worker, run):
+    port = worker().address.rpartition(":")[2]
+    code, _, said = run("worker", "--port", port).end()
+    assert code == 4
+    (line,) = said.strip().splitlines()
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+    assert "choose another --port" in line
+
+
+def test_listening_beyond_this_machine_takes_a_word(run):
+    code, _, said = run("worker", "--host", "0.0.0.0", "--port", "0").end()
+    assert code == 2
+    assert "--trust-network" in said
+
+
+def test_a_second_root_is_told_that_the_worker_is_busy(worker, run, endless):
+    one = worker()
+    first = run("root", "--model", str(endless), *LONG, "--workers", one.address)
+    first.output(r"\S", "stdout")
+    said = one_line(root("--prompt", "hi", "--workers", one.address))
+    assert "busy" in said
+    assert one.address in said
+    os.kill(first.pid, signal.SIGINT)
+    first.end()
+    one.output("listening again")
+    answers(one)
+
+
+class Stranger:
+    """Speaks ZeroMQ to a worker, but not our protocol."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.connect(f"tcp://{address}")
+
+    def __enter__(self) -> "Stranger":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.socket.close()
+
+    def ask(self, *frames: bytes) -> dict[str, object]:
+        self.socket.send_multipart(frames)
+        assert self.socket.poll(10_000), "no answer"
+        return msgpack.unpackb(self.socket.recv())
+
+
+def hello(protocol: int) -> bytes:
+    fields = {"type": "hello", "protocol": protocol, "version": "9.9", "session": bytes(16)}
+    return msgpack.packb(fields)
+
+
+def test_a_root_of_another_protocol_version_is_told_both_versions(worker):
+    one = worker()
+    with Stranger(one.address) as stranger:
+        answer = stranger.ask(hello(99))
+    assert answer["type"] == "error"
+    assert "protocol 99" in answer["message"]
+    assert "install the same version" in answer["message"]
+    one.output("protocol 99")
+    answers(one)
+
+
+def test_a_worker_of_another_protocol_version_is_named():
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.linger = 0
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    asking = Process("root", "--prompt", "hi", "--workers", f"127.0.0.1:{port}")
+    try:
+        assert router.poll(30_000)
+        identity, _ = router.recv_multipart()
+        fields = {"type": "welcome", "protocol": 7, "version": "9", "n_threads": 1, "memory": 1}
+        router.send_multipart([identity, msgpack.packb(fields)])
+        code, _, said = asking.end()
+    finally:
+        asking.stop()
+        router.close()
+    assert code == 4
+    assert f"worker 127.0.0.1:{port} speaks protocol 7" in said
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b""],
+        [b"\xc1"],
+        [random.Random(1).randbytes(1000)],
+        [msgpack.packb({"type": "step"})],
+        [msgpack.packb([1, 2, 3])],
+        [hello(1), b"x", b"y"],
+        [b"\x00" * (MAX_CONTROL + 1)],
+    ],
+    ids=["empty", "reserved", "random", "incomplete", "array", "frames", "large"],
+)
+def test_nonsense_is_answered_with_an_error_and_the_worker_serves_on(worker, frames):
+    one = worker()
+    with Stranger(one.address) as stranger:
+        answer = stranger.ask(*frames)
+        assert answer["type"] == "error"
+        assert answer["message"]
+        one.output("refused a peer: ")
+        answers(one)
+
+
+def test_random_bytes_and_frames_above_the_hard_limit_do_not_disturb_a_worker(worker):
+    one = worker()
+    host, port = one.address.split(":")
+    for seed in range(5):
+        with socket.create_connection((host, int(port))) as raw, contextlib.suppress(OSError):
+            raw.sendall(random.Random(seed).randbytes(5000))
+            raw.settimeout(2)
+            while raw.recv(4096):
+                pass
+    one.output("dropped a connection to .* does not speak ZeroMQ")
+    with Stranger(one.address) as stranger:
+        stranger.socket.send(bytes(HARD_LIMIT + 1))
+        assert not stranger.socket.poll(500)
+        answers(one)
+
+
+def test_a_worker_starts_without_the_libraries_of_the_root(worker):
+    """Everything is imported by then: neither text nor checkpoints are."""
+    one = worker()
+    answers(one)
+    maps = Path(f"/proc/{one.pid}/maps").read_text()
+    assert "tokenizers" not in maps
+    assert "safetensors" not in maps
+
+
+def test_the_whole_way_with_local_workers():
+    result = root("--prompt", "hello", "--local-workers", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["nodes"] == 3
+    assert answer["finish_reason"] == "stop"
+    assert answer["text"]
+    assert "demonstration" in result.stderr
