@@ -22,7 +22,8 @@ import pytest
 import zmq
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.config import Arch, FloatType, ModelConfig
-from pyllama_dist.formats.model_file import write_model
+from pyllama_dist.formats import header
+from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL
 
@@ -380,6 +381,40 @@ def test_a_worker_starts_without_the_libraries_of_the_root(worker):
     maps = Path(f"/proc/{one.pid}/maps").read_text()
     assert "tokenizers" not in maps
     assert "safetensors" not in maps
+
+
+@pytest.fixture
+def hollow(tmp_path):
+    """GLM-4-9B's shape with one layer and half the vocabulary: all zeros, in a file of holes."""
+    config = ModelConfig(
+        Arch.GLM4, 4096, 13696, 1, 32, 2, 128, 64, 65536, 8192, 1e4, 1e-5, True, FloatType.Q40
+    )
+    tensors = ARCHITECTURES[config.arch].tensors(config)
+    start = header.encode(config)
+    with (tmp_path / "model.m").open("wb") as file:
+        file.write(start)
+        file.truncate(len(start) + sum(map(tensor_bytes, tensors)))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(BUILTIN / name, tmp_path)
+    return tmp_path, sum(tensor_bytes(t) for t in tensors if t.float_type is FloatType.Q40)
+
+
+def own_memory(pid: int) -> int:
+    """Bytes that a process holds itself, mapped files not counted."""
+    (line,) = re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(line) * 1024
+
+
+def test_nodes_hold_their_slices_and_the_root_no_embedding(worker, run, hollow):
+    directory, matrices = hollow
+    one = worker()
+    asking = run(
+        "root", "--model", str(directory), *LONG, "--max-seq-len", "512", "--workers", one.address
+    )
+    asking.output(r"\S", "stdout")
+    room = 250_000_000
+    assert own_memory(one.pid) < matrices / 2 + room
+    assert own_memory(asking.pid) < matrices / 2 + room  # the embedding has 1.07 GB
 
 
 def test_the_whole_way_with_local_workers():
