@@ -125,7 +125,8 @@ def open_root(
                 n_threads=n_threads,
                 timeout=cluster.timeout,
                 dialer=dialer,
-                workers=(*cluster.workers, *local),
+                # Lower nodes connect to higher ones: those on this machine reach the others.
+                workers=sorted((*local, *cluster.workers), key=lambda a: not a.is_loopback),
                 progress=lambda nbytes: progress(nbytes, total),
             )
         )

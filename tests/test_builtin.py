@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+
 from pyllama_dist.chat import Conversation, open_model
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.cluster import Cluster, programs

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+
 from pyllama_dist.cli import main
 from pyllama_dist.cli.options import BUILTIN
 

@@ -1,4 +1,4 @@
-"""The compiled executor against the plain one, and against itself with other threads and batches."""
+"""The compiled executor against the plain one, and with other threads and other batches."""
 
 import threading
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from pyllama_dist.config import Arch, FloatType
+from pyllama_dist.errors import UsageError
 from pyllama_dist.executor import make_executor
 from pyllama_dist.executor.compiled import CompiledExecutor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.executor.reference import ReferenceExecutor
-from pyllama_dist.errors import UsageError
 from pyllama_dist.program import Add, Batch, Buffer, Program, Rope, Segment
 
 WEIGHTS = pytest.mark.parametrize(

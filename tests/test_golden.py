@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
 from pyllama_dist.engine import Engine

@@ -237,26 +237,25 @@ def test_a_root_that_leaves_without_a_word(tiny, serving):
 @pytest.mark.parametrize("segment", [0, 3])
 def test_a_worker_that_fails_in_a_step_says_why(tiny, run_of, serving, monkeypatch, error, segment):
     model = tiny()
-    with served(serving, model, 2) as (hub, addresses):
-        with monkeypatch.context() as patch:
+    with served(serving, model, 2) as (hub, addresses), monkeypatch.context() as patch:
 
-            def failing(program, n_threads):
-                executor = make_executor(program, n_threads)
-                run = executor.run
+        def failing(program, n_threads):
+            executor = make_executor(program, n_threads)
+            run = executor.run
 
-                def fail(i):
-                    if program.node == 2 and i == segment:
-                        raise error
-                    run(i)
+            def fail(i):
+                if program.node == 2 and i == segment:
+                    raise error
+                run(i)
 
-                executor.run = fail
-                return executor
+            executor.run = fail
+            return executor
 
-            patch.setattr(worker_module, "make_executor", failing)
-            root = connect(model, hub, addresses)
-            reason = "it is too hot" if isinstance(error, NodeError) else "out of memory"
-            with pytest.raises(NodeError, match=f"{addresses[1]} in phase STEP: {reason}"), root:
-                root.step(TOKENS, run_of(0, TOKENS))
+        patch.setattr(worker_module, "make_executor", failing)
+        root = connect(model, hub, addresses)
+        reason = "it is too hot" if isinstance(error, NodeError) else "out of memory"
+        with pytest.raises(NodeError, match=f"{addresses[1]} in phase STEP: {reason}"), root:
+            root.step(TOKENS, run_of(0, TOKENS))
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_it_is_sent(tiny, serving, run_of):

@@ -283,9 +283,7 @@ def test_attention(kernels, n_rows, heads, group, first, head_dim, size, seed):
     rng = np.random.default_rng(seed)
     slots, positions = rng.integers(0, n_slots, n_rows), rng.integers(0, seq_len, n_rows)
     out = np.full((n_rows, heads + 2, head_dim), np.nan, F32)
-    kernels.attention(
-        query, keys, values, slots, positions, first, group, out[:, 1 : 1 + heads]
-    )
+    kernels.attention(query, keys, values, slots, positions, first, group, out[:, 1 : 1 + heads])
     for row in range(n_rows):
         for head in range(heads):
             source = slots[row], (first + head) // group
@@ -309,7 +307,9 @@ def test_silu_mul(kernels, n, size, seed):
     gate, up = normal(seed, n) * F32(size), normal(seed + 1, n)
     out = np.full(n, np.nan, F32)
     kernels.silu_mul(gate, up, out)
-    expected = [float(g) / (1 + math.exp(-float(g))) * float(u) for g, u in zip(gate, up)]
+    expected = [
+        float(g) / (1 + math.exp(-float(g))) * float(u) for g, u in zip(gate, up, strict=True)
+    ]
     np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-37)
 
 

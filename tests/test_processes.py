@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import zmq
+
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.config import Arch, FloatType, ModelConfig
 from pyllama_dist.formats import header
@@ -214,7 +215,7 @@ def test_interrupting_a_root_leaves_no_process(run, endless, moment):
     code, _, said = asking.end(timeout=20)
     assert code == 130
     assert "Traceback" not in said
-    gone, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
 
 
@@ -224,7 +225,7 @@ def test_local_workers_end_with_a_root_that_was_killed(run, endless):
     family = psutil.Process(asking.pid).children(recursive=True)
     assert len(family) == 2
     asking.process.kill()
-    gone, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 
 import click
@@ -53,7 +54,7 @@ def group(debug: bool) -> None:
 
 def main() -> None:
     """Runs a command; errors that a user can cause are one line and an exit code."""
-    debug = "--debug" in sys.argv[1:2]
+    debug = "--debug" in sys.argv[1:2] or bool(os.environ.get("PYLLAMA_DIST_DEBUG"))
     try:
         sys.exit(group(prog_name="pyllama-dist", standalone_mode=False))
     except PyllamaError as error:
@@ -69,4 +70,10 @@ def main() -> None:
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # who read our output has gone: nothing is left to say
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        click.echo(f"internal error: {kind}: {error}; add --debug before the command", err=True)
         sys.exit(1)

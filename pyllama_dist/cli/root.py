@@ -68,7 +68,7 @@ def command(
         ):
             conversation = Conversation(parts, Engine(root), sampling, system)
             if prompt is None:
-                talk.chat(conversation)
+                talk.chat(conversation, steps)
             elif as_json:
                 talk.answer_json(conversation, prompt, steps)
             else:

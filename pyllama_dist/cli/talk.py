@@ -38,7 +38,7 @@ class _Flag:
         return self.raised
 
 
-def _stream(conversation: Conversation, text: str, steps: int = 0) -> Answer:
+def _stream(conversation: Conversation, text: str, steps: int) -> Answer:
     with _catch_interrupt() as interrupted:
         answer = conversation.ask(text, steps, interrupted)
         for piece in answer:
@@ -84,7 +84,7 @@ def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
     )
 
 
-def chat(conversation: Conversation) -> None:
+def chat(conversation: Conversation, steps: int) -> None:
     """Question and answer until the input ends. `/clear` forgets, `/exit` leaves."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives `input` its line editing)
@@ -104,7 +104,7 @@ def chat(conversation: Conversation) -> None:
                 conversation.clear()
                 continue
         try:
-            conversation.remember(_stream(conversation, text))
+            conversation.remember(_stream(conversation, text, steps))
         except UsageError as error:
             click.echo(f"error: {error}; /clear starts anew", err=True)
 

@@ -1,6 +1,5 @@
 """`pyllama-dist worker`."""
 
-import ipaddress
 import logging
 import os
 import signal
@@ -46,10 +45,11 @@ def command(
     """
     from pyllama_dist.cluster import available_cores
     from pyllama_dist.executor import prepare
+    from pyllama_dist.net.transport import Address
     from pyllama_dist.net.zeromq import ZmqListener
     from pyllama_dist.worker import serve
 
-    if not (trust_network or _is_loopback(host)):
+    if not (trust_network or Address(host, port).is_loopback):
         raise UsageError(
             f"--host {host} lets every machine that reaches it use this worker, unencrypted; add "
             f"--trust-network if the network is yours alone"
@@ -68,13 +68,6 @@ def command(
         log.info("worker ends")
     finally:
         listener.close()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,187 @@
+"""A tiny random model, workers in threads, and a watch over what tests leave behind."""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import settings
+
+from pyllama_dist.config import Arch, FloatType, ModelConfig, Tensor
+from pyllama_dist.executor.memory import Memory
+from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.models.plan import Plan
+from pyllama_dist.net.inproc import Hub
+from pyllama_dist.net.transport import Address, LostError
+from pyllama_dist.partition import partition
+from pyllama_dist.program import Batch, Program, Span, weights
+from pyllama_dist.worker import serve
+from pyllama_kernels.blocks import quantize_q40, quantize_q80
+
+settings.register_profile("quick", deadline=None, max_examples=50)
+settings.load_profile("quick")
+
+# Eight nodes can share it; from four on, some have no part of the FFN.
+CONFIG = ModelConfig(
+    arch=Arch.GLM4,
+    dim=64,
+    ffn_dim=96,
+    n_layers=2,
+    n_heads=16,
+    n_kv_heads=4,
+    head_dim=16,
+    rotary_dim=8,
+    vocab_size=101,
+    max_seq_len=64,
+    rope_theta=1e4,
+    norm_epsilon=1e-5,
+    qkv_bias=True,
+    weights=FloatType.F32,
+)
+
+
+class TinyModel:
+    """Random weights for a configuration; a `WeightSource`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.tensors = {
+            tensor.name: (tensor.float_type, _stored(tensor))
+            for tensor in ARCHITECTURES[config.arch].tensors(config)
+        }
+
+    def slice(self, name: str, rows: Span, cols: Span) -> np.ndarray:
+        float_type, stored = self.tensors[name]
+        first, last = map(float_type.row_bytes, cols)
+        return stored[rows[0] : rows[1], first:last]
+
+    def raw(self, name: str) -> np.ndarray:
+        return self.tensors[name][1]
+
+    def drop_pages(self) -> None:
+        pass
+
+    def programs(
+        self,
+        n_nodes: int = 1,
+        *,
+        sync: FloatType = FloatType.F32,
+        max_rows: int = 8,
+        max_logits: int = 8,
+        n_slots: int = 2,
+        seq_len: int = 32,
+    ) -> list[Program]:
+        c = self.config
+        shares = partition(
+            n_heads=c.n_heads,
+            n_kv_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            ffn_dim=c.ffn_dim,
+            vocab_size=c.vocab_size,
+            n_nodes=n_nodes,
+            block=c.weights.block,
+        )
+        plan = Plan(shares, sync, max_rows, max_logits, n_slots, seq_len)
+        return [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
+
+    def fill(self, memory: Memory) -> None:
+        for weight, held in zip(weights(memory.program), memory.weights, strict=True):
+            held[:] = self.slice(weight.tensor, weight.rows, weight.cols).reshape(-1)
+
+    def embed(self, tokens: Sequence[int]) -> np.ndarray:
+        table: np.ndarray = self.raw("embed_tokens.weight").view(np.float32)
+        return table[list(tokens)]
+
+
+def _stored(tensor: Tensor) -> np.ndarray:
+    """[rows, bytes] uint8."""
+    rng = np.random.default_rng(list(tensor.name.encode()))
+    values = rng.standard_normal((1, *tensor.shape)[-2:], np.float32)
+    if "norm" in tensor.name:
+        values = 1 + np.float32(0.1) * values
+    elif "embed" not in tensor.name:
+        values /= np.float32(np.sqrt(values.shape[1]))
+    match tensor.float_type:
+        case FloatType.Q40:
+            return quantize_q40(values)
+        case FloatType.Q80:
+            return quantize_q80(values)
+        case _:
+            return values.view(np.uint8)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # workers collect garbage after each session: not all libraries each time
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., TinyModel]:
+    """Makes tiny models: `tiny(weights=FloatType.Q40)`. Equal ones are made once."""
+
+    @cache
+    def make(**changes: object) -> TinyModel:
+        return TinyModel(replace(CONFIG, **changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_of() -> Callable[[int, Sequence[int]], Batch]:
+    """Makes the batch of tokens that follow each other: `run_of(start, tokens)`."""
+
+    def make(start: int, tokens: Sequence[int], slot: int = 0) -> Batch:
+        n = len(tokens)
+        return Batch((slot,) * n, tuple(range(start, start + n)), tuple(range(n)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., object]:
+    """Makes workers in threads: `with serving(hub, 2) as addresses`."""
+
+    @contextmanager
+    def serve_for_a_while(hub: Hub, count: int, n_threads: int = 1) -> Iterator[list[Address]]:
+        doors = [hub.listen() for _ in range(count)]
+        crashes: list[BaseException] = []
+
+        def work(door: object) -> None:
+            try:
+                with suppress(LostError):  # the door was closed
+                    serve(door, n_threads)
+            except BaseException as error:
+                crashes.append(error)
+
+        threads = [threading.Thread(target=work, args=(door,), name="worker") for door in doors]
+        for thread in threads:
+            thread.start()
+        try:
+            yield [Address("inproc", door.port) for door in doors]
+        finally:
+            for door in doors:
+                door.close()
+            for thread in threads:
+                thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not crashes, crashes
+
+    return serve_for_a_while
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind() -> Iterator[None]:
+    """Threads and child processes end with the test that started them."""
+    threads, processes = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(5)
+    started = set(psutil.Process().children(recursive=True)) - processes
+    _, alive = psutil.wait_procs(started, timeout=5) if started else ([], [])
+    left = [thread.name for thread in set(threading.enumerate()) - threads]
+    assert not left, f"threads left behind: {left}"
+    assert not alive, f"processes left behind: {alive}"
