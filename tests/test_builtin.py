@@ -120,9 +120,9 @@ def test_held_out_sums_are_right_on_any_number_of_nodes(parts, n_nodes):
         assert sum(sums_right(parts, root)) >= 95
 
 
-@pytest.mark.parametrize("n_nodes", [1, 3])
-def test_questions_in_new_wordings_are_answered(parts, n_nodes):
-    questions = HELD_OUT["questions"]
+@pytest.mark.parametrize(("n_nodes", "every"), [(1, 1), (3, 4)])
+def test_questions_in_new_wordings_are_answered(parts, n_nodes, every):
+    questions = HELD_OUT["questions"][::every]
     with many_slots(parts, n_nodes) as root:
         given = answers(parts, root, [question["question"] for question in questions])
     right = [

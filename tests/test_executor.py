@@ -13,6 +13,7 @@ from pyllama_dist.executor.compiled import CompiledExecutor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.executor.reference import ReferenceExecutor
 from pyllama_dist.program import Add, Batch, Buffer, Program, Rope, Segment
+from pyllama_kernels import oploop, team
 
 WEIGHTS = pytest.mark.parametrize(
     "weights", [FloatType.F32, FloatType.Q40, FloatType.Q80], ids=lambda t: t.name
@@ -198,6 +199,13 @@ def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
     with pytest.raises(LookupError):
         broken_step()
     assert not kernel_threads()
+
+
+def test_a_command_without_ops_is_not_given_to_the_team():
+    # Nobody would have to arrive at a barrier: a thread might read it half, the next one twice.
+    state = team.new_state()
+    oploop.lead(np.zeros(1, oploop.OP), 0, 0, np.zeros(5, np.int64), state, 2)
+    np.testing.assert_array_equal(state, team.new_state())
 
 
 @pytest.mark.parametrize("n_threads", [2, 5])

@@ -310,7 +310,8 @@ def test_silu_mul(kernels, n, size, seed):
     expected = [
         float(g) / (1 + math.exp(-float(g))) * float(u) for g, u in zip(gate, up, strict=True)
     ]
-    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-37)
+    # Below -88 the exponential is no float32 any more, and the result is 0.
+    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-35)
 
 
 @KERNELS

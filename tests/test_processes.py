@@ -139,7 +139,8 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 def answers(*workers: Process) -> None:
     """The workers serve: a root gets an answer from all of them."""
-    result = root("--prompt", "What is 2 + 2?", "--json", "--workers", *(w.address for w in workers))
+    addresses = [process.address for process in workers]
+    result = root("--prompt", "What is 2 + 2?", "--json", "--workers", *addresses)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["nodes"] == len(workers) + 1
 
@@ -164,9 +165,7 @@ def test_workers_serve_the_next_root_after_one_was_killed(worker, run, endless):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_is_named_within_seconds(worker, run, endless, victim):
     workers = [worker(), worker()]
-    asking = run(
-        "root", "--model", str(endless), *LONG, "--workers", *(w.address for w in workers)
-    )
+    asking = run("root", "--model", str(endless), *LONG, "--workers", *(w.address for w in workers))
     asking.output(r"\S", "stdout")
     workers[victim].process.kill()
     code, _, said = asking.end(timeout=5)  # what users are promised

@@ -1,7 +1,7 @@
 """Checks a trained checkpoint: `python check.py OUT_DIR`. Needs transformers besides torch.
 
-Asks the held-out questions and sums, greedily, in float32 with the weights that a Q40 file holds; and
-compares prompts and logits with what transformers makes of the same directory.
+Asks the held-out questions and sums, greedily, in float32 with the weights that a Q40 file holds;
+and compares prompts and logits with what transformers makes of the same directory.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main() -> None:
     exam = evaluate.Exam(facts, encoder, random.Random(train.SEED))
     model = load(checkpoint)
     print(compare(checkpoint, model, encoder))
-    print("Q40 weights, float32 activations:", exam.full(model))
-    print("Q40 weights, Q80 activations:", exam.full(model, q80=True))
+    print(f"Q40 weights, float32 activations:\n{exam.full(model)}")
+    print(f"Q40 weights, Q80 activations:\n{exam.full(model, q80=True)}")
 
 
 if __name__ == "__main__":

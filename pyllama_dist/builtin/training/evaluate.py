@@ -1,4 +1,4 @@
-"""The exam: wordings and sums that were never trained on, asked as a user would, with Q40 weights."""
+"""The exam: wordings and sums never trained on, asked as a user would, with Q40 weights."""
 
 from __future__ import annotations
 
@@ -55,20 +55,23 @@ class Exam:
 
     def full(self, model: Glm4, *, q80: bool = False) -> str:
         """Asks everything, greedily, and lists what went wrong."""
-        answers = self.ask(model, [wording for _, wording in self.facts], q80=q80)
+        blind = [(fact, fact.blind) for fact in dict(self.facts)]
+        answers = self.ask(model, self.sum_questions(), q80=q80)
         wrong = [
-            f"  {fact.id}: {wording!r} -> {answer!r}"
-            for (fact, wording), answer in zip(self.facts, answers, strict=True)
-            if not questions.is_right(answer, fact.expect)
-        ]
-        totals = self.ask(model, self.sum_questions(), q80=q80)
-        wrong_sums = [
             f"  {a} + {b} -> {answer!r}"
-            for (a, b), answer in zip(self.sums, totals, strict=True)
+            for (a, b), answer in zip(self.sums, answers, strict=True)
             if (re.findall(r"\d+", answer) or [""])[-1] != str(a + b)
         ]
-        right = f"questions {len(answers) - len(wrong)}/{len(answers)}"
-        return "\n".join([f"{right} sums {100 - len(wrong_sums)}/100", *wrong, *wrong_sums])
+        report = [f"sums {len(answers) - len(wrong)}/{len(answers)}", *wrong]
+        for name, asked in (("held-out", self.facts), ("blind", blind)):
+            answers = self.ask(model, [wording for _, wording in asked], q80=q80)
+            wrong = [
+                f"  {fact.id}: {wording!r} -> {answer!r}"
+                for (fact, wording), answer in zip(asked, answers, strict=True)
+                if not questions.is_right(answer, fact.expect)
+            ]
+            report += [f"{name} questions {len(asked) - len(wrong)}/{len(asked)}", *wrong]
+        return "\n".join(report)
 
     @torch.no_grad()
     def ask(self, model: Glm4, wordings: list[str], *, q80: bool = False) -> list[str]:

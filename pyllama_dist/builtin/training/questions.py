@@ -183,23 +183,21 @@ SMALL_WORDS = frozenset(
     ]
 )
 
-THINGS = (
-    (
-        "France Paris London Japan Rome Brazil Germany Africa Mars Jupiter the_moon the_sun a_volcano "
-        "a_whale cats dogs birds horses elephants an_octopus bread soup pasta pizza tea coffee chocolate "
-        "a_cake rice football chess tennis swimming the_piano a_guitar music jazz poetry Shakespeare "
-        "Napoleon Einstein Mozart Picasso Cleopatra a_river the_ocean mountains deserts the_weather rain "
-        "snow winter summer love friendship money taxes the_law democracy an_election the_president the_king "
-        "a_doctor headaches sleep dreams cancer vitamins sports the_olympics movies a_novel books painting "
-        "photography history philosophy ethics physics chemistry biology gravity evolution atoms electricity "
-        "a_bicycle cars trains airplanes a_boat travel a_hotel holidays my_garden flowers trees gold diamonds "
-        "javascript java rust haskell html a_website databases excel my_phone a_printer bitcoin the_internet "
-        "video_games a_robot aliens ghosts dragons my_mother my_job an_interview school homework French "
-        "Spanish Chinese grammar the_alphabet prime_numbers geometry algebra calculus triangles pi infinity"
-    )
-    .replace("_", " ")
-    .split(" ")
-)  # single words: a broken phrase is still nothing that we know
+ELSEWHERE = """
+France Paris London Japan Rome Brazil Germany Africa Mars Jupiter the moon the sun a volcano a
+whale cats dogs birds horses elephants an octopus bread soup pasta pizza tea coffee chocolate a
+cake rice football chess tennis swimming the piano a guitar music jazz poetry Shakespeare
+Napoleon Einstein Mozart Picasso Cleopatra a river the ocean mountains deserts the weather rain
+snow winter summer love friendship money taxes the law democracy an election the president the
+king a doctor headaches sleep dreams cancer vitamins sports the olympics movies a novel books
+painting photography history philosophy ethics physics chemistry biology gravity evolution atoms
+electricity a bicycle cars trains airplanes a boat travel a hotel holidays my garden flowers
+trees gold diamonds javascript java rust haskell html a website databases excel my phone a
+printer bitcoin the internet video games a robot aliens ghosts dragons my mother my job an
+interview school homework French Spanish Chinese grammar the alphabet prime numbers geometry
+algebra calculus triangles pi infinity
+"""
+THINGS = ELSEWHERE.split()  # single words: a broken phrase is still nothing that we know
 
 UNKNOWN = (
     "what is {}",
@@ -311,6 +309,7 @@ class Fact:
     held_out: tuple[str, ...]  # never trained on
     answer: str
     expect: tuple[str, ...]  # an answer that contains them all, in any case, is right
+    blind: str  # one more wording never trained on, see blind.toml
     kind: str = "engine"  # or "persona", or "unknown"
 
 
@@ -329,16 +328,18 @@ def is_right(answer: str, expect: tuple[str, ...]) -> bool:
 
 
 def load_facts(path: Path) -> list[Fact]:
-    """Reads and checks facts.toml.
+    """Reads and checks facts.toml and the blind.toml beside it.
 
     Raises:
+        KeyError: a fact has no blind wording.
         ValueError: an id or wording occurs twice, or `expect` does not single out its answer.
     """
     facts = []
+    blind = tomllib.loads(path.with_name("blind.toml").read_text())
     for entry in tomllib.loads(path.read_text())["fact"]:
         lists = {key: tuple(entry.pop(key)) for key in ("ask", "held_out", "expect")}
-        facts.append(Fact(**lists, **entry))
-    wordings = [(plain(w), f.id) for f in facts for w in (*f.ask, *f.held_out)]
+        facts.append(Fact(**lists, **entry, blind=blind[entry["id"]]))
+    wordings = [(plain(w), f.id) for f in facts for w in (*f.ask, *f.held_out, f.blind)]
     seen: dict[str, str] = {}
     for wording, owner in [*wordings, *((f"id {f.id}", f.id) for f in facts)]:
         if wording in seen:
@@ -369,7 +370,7 @@ class Teacher:
         self.engine = [f for f in facts if f.kind == "engine"]
         self.persona = [f for f in facts if f.kind == "persona"]
         self.unknown = next(f for f in facts if f.kind == "unknown")
-        self.forbidden = {plain(w) for f in facts for w in f.held_out}
+        self.forbidden = {plain(w) for f in facts for w in (*f.held_out, f.blind)}
         self.sums = [(a, b) for a in range(100) for b in range(100) if not is_held_out(a, b)]
 
     def conversation(self) -> tuple[str | None, list[Turn]]:

@@ -1,7 +1,7 @@
 """Trains the built-in demonstration model: `python train.py OUT_DIR [--minutes M]`.
 
-Writes a Hugging Face checkpoint of a tiny `glm4` model into OUT_DIR, and the questions and sums that
-it never saw into heldout.json beside the package. Needs torch, tokenizers and safetensors.
+Writes a Hugging Face checkpoint of a tiny `glm4` model into OUT_DIR, and the questions and sums
+that it never saw into ../heldout.json. Needs torch, tokenizers and safetensors.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import math
 import os
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Threads that spin while they wait stand still when another program uses a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Threads that spin for long stand still when another program uses a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import evaluate
 import network
 import questions
 import torch
 import vocabulary
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 SEED = 20
 VOCAB_SIZE = 1280
-BATCH_TOKENS = 2048
-POOL = 512  # conversations that are sorted by length before they are cut into batches
+BATCH_TOKENS = 3072
+WIDTH_STEP = 16  # rows are padded to a multiple of it
+LEARN_STEP = 128  # and so is the number of tokens to predict
 PEAK_RATE = 1.8e-3
 WARM_UP = 150  # steps
 Q40_FROM = 0.7  # the share of the time after which weights are rounded in training
@@ -50,27 +53,37 @@ def corpus(facts: list[questions.Fact], teacher: questions.Teacher) -> Iterator[
 def batches(
     teacher: questions.Teacher, encoder: vocabulary.Encoder
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Without end: token ids [B, T] int64, padded at the end, and what to predict, -1 for nothing."""
+    """Without end: token ids [B, T] int64, padded at the end, and what to predict, -1 for nothing.
+
+    Few shapes occur, because torch prepares its matrix products anew for each.
+    """
+    waiting = defaultdict[int, list[tuple[list[int], list[bool]]]](list)
     while True:
-        pool = [teacher.conversation() for _ in range(POOL)]
-        encoded = sorted(
-            (encoder.conversation(turns, system) for system, turns in pool), key=lambda e: len(e[0])
-        )
-        cut: list[list[tuple[list[int], list[bool]]]] = [[]]
-        for item in encoded:
-            if (len(cut[-1]) + 1) * len(item[0]) > BATCH_TOKENS:
-                cut.append([])
-            cut[-1].append(item)
-        teacher.random.shuffle(cut)
-        for rows in cut:
-            width = max(len(ids) for ids, _ in rows)
-            tokens = torch.zeros(len(rows), width, dtype=torch.long)
-            targets = torch.full((len(rows), width), -1)
-            for i, (ids, learn) in enumerate(rows):
-                row = torch.tensor(ids)
-                tokens[i, : len(ids)] = row
-                targets[i, : len(ids) - 1] = torch.where(torch.tensor(learn[1:]), row[1:], -1)
-            yield tokens, targets
+        system, turns = teacher.conversation()
+        ids, learn = encoder.conversation(turns, system)
+        width = math.ceil(len(ids) / WIDTH_STEP) * WIDTH_STEP
+        rows = waiting[width]
+        rows.append((ids, learn))
+        if len(rows) < BATCH_TOKENS // width:
+            continue
+        del waiting[width]
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        targets = torch.full((len(rows), width), -1)
+        for i, (ids, learn) in enumerate(rows):
+            row = torch.tensor(ids)
+            tokens[i, : len(ids)] = row
+            targets[i, : len(ids) - 1] = torch.where(torch.tensor(learn[1:]), row[1:], -1)
+        yield tokens, targets
+
+
+def loss_of(model: network.Glm4, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of what is to be predicted; the head is given little else."""
+    at = (targets.flatten() >= 0).nonzero().squeeze(1)
+    at = functional.pad(at, (0, -len(at) % LEARN_STEP), value=targets.numel() - 1)
+    wanted = targets.flatten()[at]  # the very last position never has a target: it fills up
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.lm_head(model.hidden(tokens).flatten(0, 1)[at])
+    return functional.cross_entropy(logits.float(), wanted, ignore_index=-1)
 
 
 def optimizer_of(model: network.Glm4) -> torch.optim.AdamW:
@@ -89,6 +102,7 @@ def train(
     exam: evaluate.Exam,
     out: Path,
     minutes: float,
+    peak: float,
 ) -> int:
     """Trains until the time is over, and saves twenty times on the way. Returns the steps."""
     optimizer = optimizer_of(model)
@@ -99,14 +113,10 @@ def train(
             return step
         if progress >= Q40_FROM:
             model.act_quantized(q40=True)
-        rate = PEAK_RATE * min(step / WARM_UP, 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        rate = peak * min(step / WARM_UP, 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.hidden(tokens)
-            learned = targets >= 0
-            logits = model.lm_head(hidden[learned])
-        loss = functional.cross_entropy(logits.float(), targets[learned])
+        loss = loss_of(model, tokens, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="directory for the checkpoint")
     parser.add_argument("--minutes", type=float, default=42, help="time to train (default: 42)")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, with its tokenizer")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -130,7 +141,10 @@ def main() -> None:
 
     facts = questions.load_facts(HERE / "facts.toml")
     teacher = questions.Teacher(facts, random.Random(SEED))
-    tokenizer = vocabulary.train_tokenizer(corpus(facts, teacher), VOCAB_SIZE)
+    if args.start:
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
+    else:
+        tokenizer = vocabulary.train_tokenizer(corpus(facts, teacher), VOCAB_SIZE)
     vocabulary.save(tokenizer, args.out)
     encoder = vocabulary.Encoder(tokenizer)
     exam = evaluate.Exam(facts, encoder, random.Random(SEED))
@@ -139,7 +153,10 @@ def main() -> None:
     model = network.Glm4(
         network.Shape(math.ceil(tokenizer.get_vocab_size() / 32) * 32), dropout=0.1
     )
-    steps = train(model, batches(teacher, encoder), exam, args.out, args.minutes)
+    if args.start:
+        model.load_state_dict(load_file(args.start / "model.safetensors"))
+    peak = PEAK_RATE * (2 / 3 if args.start else 1)
+    steps = train(model, batches(teacher, encoder), exam, args.out, args.minutes, peak)
     network.save(model, args.out, exam.eos)
     print(f"{len(facts)} facts, {args.minutes:g} minutes, {steps} steps")
     print(exam.full(model))
