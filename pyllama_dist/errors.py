@@ -6,9 +6,21 @@ without a traceback and ends with the exit code of its kind.
 
 
 class PyllamaError(Exception):
-    """Base of all errors that a user can cause or meet."""
+    """Base of all errors that a user can cause or meet.
+
+    Messages quote files and peers: what is not printable in them is escaped, so that a message is
+    one line and cannot move the cursor.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            "".join(
+                char if char.isprintable() else char.encode("unicode_escape").decode()
+                for char in message
+            )
+        )
 
 
 class UsageError(PyllamaError):

@@ -39,7 +39,7 @@ def _rope(hf: Mapping[str, object]) -> dict[str, object]:
         if kind != "default":
             raise FileError(
                 f"config.json: {key} asks for rope scaling of type {kind!r}, which is not "
-                f"implemented; remove it from config.json to run without scaling up to the trained length"
+                f"implemented; remove it to run without scaling, up to the trained length"
             )
         fields |= {key: group[key] for key in fields if group.get(key) is not None}
     return fields

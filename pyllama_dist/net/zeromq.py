@@ -24,6 +24,8 @@ _WEIGHTS_AHEAD = 8  # raw frames that wait in a socket: memory of up to 8 MiB on
 
 CLOSED = "its connection closed, or it fell silent"
 
+_Watched = tuple[zmq.Socket[bytes], int]  # a socket and what is waited for
+
 _LOST = zmq.EVENT_DISCONNECTED
 _REFUSED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -423,7 +425,7 @@ class ZmqMesh:
             if not self._poll([(socket, zmq.POLLOUT)], deadline):
                 raise LostError("no room to send to it; is it reachable?", self._names[node])
 
-    def _poll(self, sockets: Sequence[tuple[zmq.Socket[bytes], int]], deadline: float | None) -> bool:
+    def _poll(self, sockets: Sequence[_Watched], deadline: float | None) -> bool:
         """Waits until one of the sockets can be read or written; whether one can.
 
         Raises:
