@@ -66,7 +66,7 @@ class Engine:
             prompt: token ids, at least one.
             choose: the next token from [vocab] float32 logits.
             stop: tokens that end the answer.
-            max_tokens: the most tokens to generate; None leaves it to the context.
+            max_tokens: the most tokens to generate, at least 1; None leaves it to the context.
             interrupted: asked between steps; a true answer ends the generation.
 
         Raises:

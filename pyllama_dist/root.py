@@ -133,12 +133,11 @@ class Root:
         check_batch(program, batch)
         self._phase = Phase.STEP
         self._number = (self._number + 1) % (1 << 32)
+        x = self.node.executor.memory.pipes["x"].f32(0, len(tokens))
+        x[:] = self._embedding[np.asarray(tokens)]
         try:
             for channel in self._channels:
                 channel.send(Step(self._number, batch))
-            self.node.executor.memory.pipes["x"].f32(0, len(tokens))[:] = self._embedding[
-                np.asarray(tokens)
-            ]
             self.node.step(self._number, batch)
         except LostError as lost:
             raise self._blame(lost) from None

@@ -9,9 +9,9 @@ import msgspec
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net.messages import Message
 
-MAX_CONTROL = 8 << 20  # bytes of a control frame
+MAX_CONTROL = 1 << 20  # bytes of a control frame; unpacked it may take a hundred times that
 MAX_RAW = 1 << 20  # bytes of a raw frame
-HARD_LIMIT = 16 << 20  # ZeroMQ drops a public connection that sends a larger frame
+HARD_LIMIT = 4 << 20  # ZeroMQ drops a public connection that sends a larger frame
 MAX_DATA = 64 << 20  # bytes of an exchange
 
 HEAD = 16  # bytes before the data of an exchange
