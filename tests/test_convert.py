@@ -379,7 +379,7 @@ def test_interrupted_conversion_leaves_the_old_model(
 
     def progress(done: int, size: int) -> None:
         if done > size // 2:
-            raise interruption
+            raise interruption("in the middle")
 
     with pytest.raises(interruption):
         run(GOLDEN / "glm_f32", tmp_path, progress=progress)
