@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyllama_dist.engine import Engine, Generation
 from pyllama_dist.errors import UsageError
-from pyllama_dist.formats.json_file import read_object
+from pyllama_dist.files import read_json
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.sampler import Sampler, Sampling
@@ -48,7 +48,7 @@ def open_model(directory: Path) -> Iterator[ModelParts]:
         tokenizer = Tokenizer.open(directory)
         template = ChatTemplate.open(directory, tokenizer)
         config = directory / "generation_config.json"
-        defaults = _defaults(read_object(config)) if config.exists() else DEFAULT
+        defaults = _defaults(read_json(config)) if config.exists() else DEFAULT
         yield ModelParts(directory.resolve().name, file, tokenizer, template, defaults)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.json_file import read_object
+from pyllama_dist.files import read_json
 
 Floats = npt.NDArray[np.float32]
 
@@ -67,7 +67,7 @@ class Checkpoint:
         Raises:
             FileError: a file is missing or damaged, or the checkpoint has no safetensors.
         """
-        config = read_object(path / "config.json")
+        config = read_json(path / "config.json")
         if (path / _SINGLE).exists():
             return cls(path, config, _read_header(path / _SINGLE))
         if (path / _INDEX).exists():
@@ -139,7 +139,7 @@ class Checkpoint:
 def _read_shards(path: Path) -> dict[str, _Stored]:
     """The tensors that the index names, each in the file that it names."""
     index = path / _INDEX
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FileError(f"{index}: no object named weight_map; download it again")
     headers: dict[str, dict[str, _Stored]] = {}

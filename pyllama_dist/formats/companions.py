@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.json_file import read_object
+from pyllama_dist.files import read_json
 
 
 def companion_files(
@@ -54,7 +54,7 @@ def _chat_template(checkpoint_dir: Path) -> bytes | None:
     file = checkpoint_dir / "tokenizer_config.json"
     if text is not None or not file.exists():
         return text
-    template = read_object(file).get("chat_template")
+    template = read_json(file).get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((e.get("template") for e in named if e.get("name") == "default"), None)
@@ -64,7 +64,7 @@ def _chat_template(checkpoint_dir: Path) -> bytes | None:
 def _generation_config(checkpoint_dir: Path, config: Mapping[str, object]) -> dict[str, object]:
     """The checkpoint's generation config, with the end-of-text tokens of `config.json` too."""
     file = checkpoint_dir / "generation_config.json"
-    generation = read_object(file) if file.exists() else {}
+    generation = read_json(file) if file.exists() else {}
     eos: list[int] = []
     for name, source in ((file.name, generation), ("config.json", config)):
         ids = source.get("eos_token_id")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyllama_dist.errors import UsageError
-from pyllama_dist.text.files import read_text
+from pyllama_dist.files import read_text
 from pyllama_dist.text.special import Breaker, Rendered
 from pyllama_dist.text.tokenizer import AddedToken, Tokenizer
 

@@ -16,7 +16,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pyllama_dist.errors import FileError, UsageError
-from pyllama_dist.text.files import one_line
+from pyllama_dist.files import one_line
 from pyllama_dist.text.special import MARK
 
 TEXT_LIMIT = 1 << 24  # characters that a template may write

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllama_dist.errors import FileError, UsageError
+from pyllama_dist.files import one_line, read_json
 from pyllama_dist.text.detokenize import DetokenizeStream, byte_alphabet
-from pyllama_dist.text.files import one_line, read_json
 from pyllama_dist.text.special import MARK, Rendered, well_formed
 
 if TYPE_CHECKING:

@@ -1,9 +1,11 @@
-"""Reading the text files of a model directory, with errors a user understands."""
+"""Reading the text files of models and checkpoints, with errors a user understands."""
 
 import json
 from pathlib import Path
 
 from pyllama_dist.errors import FileError
+
+JSON_LIMIT = 64 << 20  # bytes; the index of a checkpoint of many shards has some MB
 
 
 def one_line(error: BaseException) -> str:
@@ -22,7 +24,7 @@ def read_text(path: Path, limit: int) -> str:
             data = file.read(limit + 1)
     except FileNotFoundError:
         raise FileError(
-            f"{path} does not exist; convert the checkpoint again or copy the file from it"
+            f"{path} does not exist; is the directory complete? copy it from the checkpoint again"
         ) from None
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
@@ -36,7 +38,7 @@ def read_text(path: Path, limit: int) -> str:
         ) from None
 
 
-def read_json(path: Path, limit: int) -> dict[str, object]:
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, object]:
     """The JSON object in a file of at most `limit` bytes.
 
     Raises:
