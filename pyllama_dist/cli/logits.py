@@ -1,5 +1,6 @@
 """`pyllama-dist logits`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
     from pyllama_dist.models import ARCHITECTURES
 
     cluster = make_cluster(**cluster_settings)
-    with ModelFile.open((model or BUILTIN) / "model.m", ARCHITECTURES) as file:
+    with ExitStack() as stack:
+        path = (model or BUILTIN) / "model.m"
+        file = stack.enter_context(ModelFile.open(path, ARCHITECTURES))
         ids = _ids(tokens, file.config.vocab_size)
-        with (
-            progress_bar("weights") as progress,
-            open_root(file, cluster, progress) as root,
-        ):
-            logits = Engine(root).logits(ids)
+        with progress_bar("weights") as progress:
+            root = stack.enter_context(open_root(file, cluster, progress))
+        logits = Engine(root).logits(ids)
     try:
         with out.open("wb") as target:
             np.save(target, logits)

@@ -126,7 +126,7 @@ def make_cluster(
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere; it is told bytes done and bytes in all."""
+    """A bar on a terminal, nothing elsewhere; it is told bytes just done and bytes in all."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -138,15 +138,23 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     console = Console(stderr=True)
-    columns = (
+    bar = Progress(
         TextColumn(title),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, advance=done, total=total)
+    task = bar.add_task(title, total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.start()  # only now: what comes before may have something to say
+        bar.update(task, advance=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()

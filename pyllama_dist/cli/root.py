@@ -1,5 +1,6 @@
 """`pyllama-dist root`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,15 @@ def command(
             err=True,
         )
     cluster = make_cluster(**cluster_settings)
-    with open_model(model or BUILTIN) as parts:
+    with ExitStack() as stack:
+        parts = stack.enter_context(open_model(model or BUILTIN))
+        with progress_bar("weights") as progress:
+            root = stack.enter_context(open_root(parts.file, cluster, progress))
         sampling = parts.sampling(temperature, topp, seed)
-        with (
-            progress_bar("weights") as progress,
-            open_root(parts.file, cluster, progress) as root,
-        ):
-            conversation = Conversation(parts, Engine(root), sampling, system)
-            if prompt is None:
-                talk.chat(conversation, steps)
-            elif as_json:
-                talk.answer_json(conversation, prompt, steps)
-            else:
-                talk.answer(conversation, prompt, steps)
+        conversation = Conversation(parts, Engine(root), sampling, system)
+        if prompt is None:
+            talk.chat(conversation, steps)
+        elif as_json:
+            talk.answer_json(conversation, prompt, steps)
+        else:
+            talk.answer(conversation, prompt, steps)
