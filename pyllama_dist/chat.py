@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllama_dist.engine import Engine, Generation
-from pyllama_dist.errors import UsageError
+from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import read_json
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES
@@ -48,7 +48,15 @@ def open_model(directory: Path) -> Iterator[ModelParts]:
         tokenizer = Tokenizer.open(directory)
         template = ChatTemplate.open(directory, tokenizer)
         config = directory / "generation_config.json"
-        defaults = _defaults(read_json(config)) if config.exists() else DEFAULT
+        try:
+            defaults = _defaults(read_json(config)) if config.exists() else DEFAULT
+        except (UsageError, OverflowError) as error:
+            raise FileError(f"{config}: {error}; mend or remove them there") from None
+        if tokenizer.vocab_size > file.config.vocab_size:
+            raise FileError(
+                f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
+                f"{file.config.vocab_size}; they are of different checkpoints"
+            )
         yield ModelParts(directory.resolve().name, file, tokenizer, template, defaults)
 
 

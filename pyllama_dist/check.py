@@ -31,7 +31,9 @@ from pyllama_dist.program import (
     slots_used,
 )
 
-MAX_SEGMENTS, MAX_OPS = 4096, 65536
+MAX_SEGMENTS, MAX_OPS, MAX_SYNCS, MAX_MEMORY = 4096, 65536, 4096, 8192
+
+MAX_PIPE_BYTES = 63 << 20  # of a slot: it travels as one frame, and those end at 64 MiB
 
 
 def check_program(program: Program) -> None:
@@ -46,15 +48,22 @@ def check_program(program: Program) -> None:
         raise ProtocolError(f"{len(program.segments)} segments, at most {MAX_SEGMENTS}")
     if sum(len(segment.ops) for segment in program.segments) > MAX_OPS:
         raise ProtocolError(f"more than {MAX_OPS} ops")
+    if sum(len(segment.syncs) for segment in program.segments) > MAX_SYNCS:
+        raise ProtocolError(f"more than {MAX_SYNCS} syncs")
     names = [pipe.name for pipe in program.pipes]
     names += [buffer.name for buffer in program.buffers]
     names += [cache.name for cache in program.caches]
+    if len(names) > MAX_MEMORY:
+        raise ProtocolError(f"{len(names)} pieces of memory, at most {MAX_MEMORY}")
     if len(set(names)) < len(names):
         raise ProtocolError("two pieces of memory have the same name")
     for pipe in program.pipes:
         if len(pipe.widths) not in (1, program.n_nodes):
             raise ProtocolError(f"pipe {pipe.name} has {len(pipe.widths)} slots")
         _blocks(pipe.name, pipe.float_type, *pipe.widths)
+        rows = program.rows_of(pipe.rows)
+        if rows * pipe.float_type.row_bytes(max(pipe.widths)) > MAX_PIPE_BYTES:
+            raise ProtocolError(f"pipe {pipe.name} does not fit into a frame")
     for buffer in program.buffers:
         _blocks(buffer.name, buffer.float_type, buffer.width)
     ops = _OpCheck(program)

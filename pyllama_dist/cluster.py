@@ -27,6 +27,7 @@ from pyllama_dist.root import Root
 
 log = logging.getLogger("pyllama_dist")
 
+MAX_NODES = 256
 MAX_ROWS = 32  # rows of a batch while a prompt is read, as in distributed-llama
 MAX_LOGITS = 8  # rows of a batch whose logits can be asked for
 DEFAULT_SEQ_LEN = 8192  # the cache of a longer context is taken only when asked for
@@ -68,9 +69,10 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         UsageError: the model cannot be cut for so many nodes, or not be synchronised in Q80.
     """
     most, n = max_nodes(config.n_heads, config.head_dim, config.weights.block), cluster.n_nodes
-    if n > most:
+    if n > min(most, MAX_NODES):
         raise UsageError(
-            f"{n} nodes, and this model has query heads for at most {most}; use fewer workers"
+            f"{n} nodes, and this model has query heads for at most {most}; use fewer workers "
+            f"({MAX_NODES - 1} at most)"
         )
     if cluster.sync is FloatType.Q80 and n > 1 and config.dim % 32:
         raise UsageError(
@@ -106,11 +108,12 @@ def open_root(
         NodeError: a worker cannot be reached, refuses, or is lost.
     """
     plans = programs(model.config, cluster)
-    needed, available = planned_bytes(plans[0]), psutil.virtual_memory().available
+    here = plans[: 1 + cluster.local_workers]
+    needed, available = sum(map(planned_bytes, here)), psutil.virtual_memory().available
     if needed > available:
         raise UsageError(
-            f"the root needs {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are available; use "
-            f"more workers, or a lower --max-seq-len"
+            f"the nodes on this machine need {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are "
+            f"available; use workers on other machines, or a lower --max-seq-len"
         )
     total = sum(weight.nbytes for program in plans for weight in weights(program))
     n_threads = cluster.n_threads or max(1, available_cores() // (1 + cluster.local_workers))

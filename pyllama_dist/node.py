@@ -45,8 +45,8 @@ class Node:
             LostError: a peer is gone or late; the message says in which segment.
             ProtocolError: a peer is at another step.
         """
-        self.executor.begin(batch)
         try:
+            self.executor.begin(batch)
             place = 0
             for i, segment in enumerate(self.program.segments):
                 started = time.perf_counter()

@@ -136,6 +136,8 @@ class Root:
         x = self.node.executor.memory.pipes["x"].f32(0, len(tokens))
         x[:] = self._embedding[np.asarray(tokens)]
         try:
+            if self._mesh is not None:
+                self._mesh.check()  # a worker that left and came back knows nothing of us
             for channel in self._channels:
                 channel.send(Step(self._number, batch))
             self.node.step(self._number, batch)
@@ -251,7 +253,7 @@ class Root:
 
     def _blame(self, lost: LostError) -> NodeError:
         """The error to show for a lost connection: workers may know better who failed, and why."""
-        culprit, detail = lost.culprit, lost.detail
+        named, culprit, detail = False, lost.culprit, lost.detail
         deadline = time.monotonic() + _BLAME_SECONDS
         for channel in self._channels:
             try:
@@ -261,8 +263,8 @@ class Root:
             if isinstance(message, Error):
                 if not message.culprit:
                     return self._theirs(channel, message)
-                if message.culprit != ROOT:
-                    culprit, detail = message.culprit, message.message
+                if message.culprit != ROOT and not named:
+                    named, culprit, detail = True, message.culprit, message.message
         return NodeError(
             f"lost worker {culprit} in phase {self._phase}: {detail}; check that machine (power, "
             f"network, memory), start its worker again, then this root"

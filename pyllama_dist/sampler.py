@@ -1,9 +1,12 @@
 """Chooses the next token from logits."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from pyllama_dist.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,13 @@ class Sampling:
     temperature: float = 0.8  # 0: always the most likely token
     topp: float = 0.9  # of the most likely tokens, those that together reach this probability
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < math.inf and 0 <= self.topp <= 1):
+            raise UsageError(
+                f"temperature {self.temperature} and top-p {self.topp} cannot be: a temperature "
+                f"is 0 or more, top-p from 0 to 1"
+            )
 
 
 class Sampler:

@@ -74,8 +74,8 @@ class _Session:
         """Goes through the phases; whatever happens, the worker can serve the next root."""
         try:
             session = self.hello(first)
-            node = self.peers(session)
-            net = self.net(node)
+            node, n_nodes = self.peers(session)
+            net = self.net(node, n_nodes)
             with make_executor(net.program, self.n_threads) as executor:
                 self.weights(executor)
                 self.steps(Node(net.program, executor, self.mesh, net.timeout))
@@ -91,6 +91,9 @@ class _Session:
             log.warning("out of memory, in phase %s; listening again", self.phase)
             reason = "out of memory; use more nodes or a lower --max-seq-len"
             self.last = Error(self.phase, reason)
+        except Exception as error:  # a worker outlives its roots, whatever they send
+            log.exception("internal error in phase %s; listening again", self.phase)
+            self.last = Error(self.phase, f"internal error: {type(error).__name__}: {error}"[:4096])
         finally:
             self.channel.close(self.last)  # before the mesh: the root is to hear the reason first
             self.mesh.close()
@@ -129,8 +132,8 @@ class _Session:
         self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory))
         return hello.session
 
-    def peers(self, session: bytes) -> int:
-        """PEERS: connections with all other nodes. Returns this node's place."""
+    def peers(self, session: bytes) -> tuple[int, int]:
+        """PEERS: connections with all others. Returns this node's place, and how many there are."""
         self.phase = Phase.PEERS
         join = self.expect(Join, _TALK_SECONDS)
         if not 0 < join.node < join.n_nodes:
@@ -150,14 +153,17 @@ class _Session:
         self.mesh.greet(session, join.node, peers.addresses, _TALK_SECONDS)
         self.channel.send(Meshed())
         log.info("node %d of %d, root %s", join.node, join.n_nodes, self.channel.address)
-        return join.node
+        return join.node, join.n_nodes
 
-    def net(self, node: int) -> Net:
+    def net(self, node: int, n_nodes: int) -> Net:
         """NET: the program, checked before anything is allocated."""
         self.phase = Phase.NET
-        net = self.expect(Net, _LOAD_SECONDS)
-        if net.program.node != node:
-            raise ProtocolError(f"node {node} was sent the program of node {net.program.node}")
+        net = self.of_kind(Net, self.mesh.wait(self.channel, _LOAD_SECONDS)[0])
+        if (net.program.node, net.program.n_nodes) != (node, n_nodes):
+            raise ProtocolError(
+                f"node {node} of {n_nodes} was sent the program of node {net.program.node} of "
+                f"{net.program.n_nodes}"
+            )
         check_program(net.program)
         needed, available = planned_bytes(net.program), psutil.virtual_memory().available
         if needed > available:
@@ -174,7 +180,7 @@ class _Session:
         self.phase = Phase.WEIGHTS
         filled = [0] * len(held)
         while True:
-            message, raw = self.channel.receive(_LOAD_SECONDS)
+            message, raw = self.mesh.wait(self.channel, _LOAD_SECONDS)
             if isinstance(message, WeightsEnd):
                 break
             part = self.of_kind(WeightPart, message)
@@ -193,6 +199,8 @@ class _Session:
         if part.index >= len(held):
             raise ProtocolError(f"weight {part.index} of {len(held)}")
         end = part.offset + len(raw)
+        if not raw:
+            raise ProtocolError(f"weight {part.index} came without its bytes")
         if part.offset != filled[part.index] or end > held[part.index].size:
             raise ProtocolError(
                 f"weight {part.index}: bytes {part.offset} to {end} after {filled[part.index]} of "
@@ -204,7 +212,7 @@ class _Session:
     def steps(self, node: Node) -> None:
         """STEP after STEP, until the root says bye."""
         while True:
-            step = self.of_kind(Step, self.mesh.wait(self.channel)[0])
+            step = self.of_kind(Step, self.mesh.wait(self.channel, None)[0])
             self.phase = Phase.STEP
             check_batch(node.program, step.batch)
             node.step(step.number, step.batch)

@@ -409,7 +409,7 @@ def test_the_program_of_another_node_is_refused(talk):
     talk.meshed()
     error = talk.refused(Net(replace(talk.program, node=0), 10.0))
     assert error.phase is Phase.NET
-    assert error.message == "node 1 was sent the program of node 0"
+    assert error.message == "node 1 of 2 was sent the program of node 0 of 2"
 
 
 def test_a_program_that_does_not_add_up_is_refused(talk):
@@ -470,7 +470,7 @@ def test_an_exchange_of_another_step_is_refused(talk):
     talk.channel.send(Step(1, Batch((0,), (0,), ())))
     frame = bytearray(16 + 256)
     write_head(memoryview(frame), 2, 0)
-    talk.mesh.send(1, memoryview(frame))
+    talk.mesh.send(1, memoryview(frame), 10)
     error, _ = talk.channel.receive(10)
     assert isinstance(error, Error)
     assert "expected step 1 sync 0, received step 2 sync 0 (after start)" in error.message

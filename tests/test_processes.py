@@ -354,7 +354,7 @@ def test_nonsense_is_answered_with_an_error_and_the_worker_serves_on(worker, fra
         answer = stranger.ask(*frames)
         assert answer["type"] == "error"
         assert answer["message"]
-        one.output("refused a peer: ")
+        one.output("refused a peer at 127.0.0.1: ")
         answers(one)
 
 

@@ -54,7 +54,8 @@ def group(debug: bool) -> None:
 
 def main() -> None:
     """Runs a command; errors that a user can cause are one line and an exit code."""
-    debug = "--debug" in sys.argv[1:2] or bool(os.environ.get("PYLLAMA_DIST_DEBUG"))
+    variable = os.environ.get("PYLLAMA_DIST_DEBUG", "")
+    debug = "--debug" in sys.argv[1:2] or variable.lower() not in ("", "0", "false", "no", "off")
     try:
         sys.exit(group(prog_name="pyllama-dist", standalone_mode=False))
     except PyllamaError as error:
@@ -63,7 +64,8 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        said = error.format_message().rstrip(".")
+        click.echo(f"error: {said}; --help shows what can be given", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

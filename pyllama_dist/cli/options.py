@@ -1,5 +1,6 @@
 """Options that several commands share. Each also reads its `PYLLAMA_DIST_...` variable."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import click
 
 from pyllama_dist.cluster import Cluster
 from pyllama_dist.config import FloatType
+from pyllama_dist.errors import UsageError
 from pyllama_dist.net.transport import Address
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -113,8 +115,14 @@ def make_cluster(
     Raises:
         UsageError: a worker's address is none.
     """
+    addresses = tuple(Address.parse(worker) for worker in workers)
+    twice = [str(address) for address in addresses if addresses.count(address) > 1]
+    if twice:
+        raise UsageError(f"--workers names {twice[0]} twice; a worker is one node")
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout {timeout} is no number of seconds")
     return Cluster(
-        workers=tuple(Address.parse(worker) for worker in workers),
+        workers=addresses,
         local_workers=local_workers,
         n_threads=nthreads,
         sync=FloatType[buffer_float_type.upper()],

@@ -82,6 +82,8 @@ def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
             }
         )
     )
+    if done.generation.finish_reason == "interrupted":
+        raise KeyboardInterrupt
 
 
 def chat(conversation: Conversation, steps: int) -> None:

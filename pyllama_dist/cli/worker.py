@@ -55,9 +55,9 @@ def command(
             f"--trust-network if the network is yours alone"
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepare(lambda text: click.echo(text, err=True))  # before a root can knock
     listener = ZmqListener(host, port)
     try:
-        prepare(lambda text: click.echo(text, err=True))
         n_threads = nthreads or available_cores()
         log.info("worker listens on %s, %d threads", listener.address, n_threads)
         if attached:

@@ -82,6 +82,7 @@ def prepare(notice: Callable[[str], None]) -> None:
     if done is not None and not done.exists():
         notice("compiling kernels for this CPU, once; this takes some ten seconds")
         command = [sys.executable, "-c", f"from {warm_up.__module__} import warm_up; warm_up()"]
-        if subprocess.run(command, check=False).returncode == 0:
+        # If it fails, so does the call below, which can say why.
+        if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0:
             done.touch()
     warm_up()

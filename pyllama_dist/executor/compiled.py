@@ -1,6 +1,7 @@
 """The fast executor: a program becomes a table of ops, which compiled threads work through."""
 
 import threading
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,8 @@ from pyllama_dist.program import (
 from pyllama_kernels import oploop, team
 from pyllama_kernels.oploop import OP, Code
 
+_JOIN_SECONDS = 5.0
+
 _MATMUL = {
     FloatType.F32: Code.MATMUL_F32,
     FloatType.Q40: Code.MATMUL_Q40,
@@ -51,10 +54,11 @@ class CompiledExecutor:
         self._step[oploop.SLOTS] = _address(self.memory.slots)
         self._step[oploop.POSITIONS] = _address(self.memory.positions)
         self._step[oploop.LOGITS] = _address(self.memory.logits)
-        self._closing = False
         self._command = 0  # of the team, when the step began
-        self._left = threading.Semaphore(0)
-        self._enter = [threading.Semaphore(0) for _ in range(n_threads - 1)]
+        self._stepping = False
+        # Not semaphores: those are Python code, which ^C can leave locked.
+        self._left: SimpleQueue[None] = SimpleQueue()
+        self._enter: list[SimpleQueue[bool]] = [SimpleQueue() for _ in range(n_threads - 1)]
         self._threads = [
             threading.Thread(target=self._follow, args=(i,), name=f"kernel-{i}", daemon=True)
             for i in range(1, n_threads)
@@ -68,8 +72,9 @@ class CompiledExecutor:
         self._step[oploop.N_ROWS] = self.memory.n_rows
         self._step[oploop.N_LOGITS] = self.memory.n_logits
         self._command = int(self._state[team.COMMAND])
+        self._stepping = True
         for enter in self._enter:
-            enter.release()
+            enter.put(True)
 
     def run(self, segment: int) -> None:
         """Runs the ops of one segment."""
@@ -78,19 +83,21 @@ class CompiledExecutor:
 
     def end(self) -> None:
         """Ends the step: the team goes to sleep."""
-        if self._threads:
+        if self._stepping:
+            self._stepping = False
             oploop.dismiss(self._state)
             for _ in self._threads:
-                self._left.acquire()
+                self._left.get()
 
     def close(self) -> None:
         """Ends the threads."""
-        self._closing = True
+        if self._stepping:
+            oploop.dismiss(self._state)
         for enter in self._enter:
-            enter.release()
+            enter.put(False)
         for thread in self._threads:
-            thread.join()
-        self._threads, self._enter = [], []
+            thread.join(_JOIN_SECONDS)  # they are daemons: a process can end without them
+        self._threads, self._enter, self._stepping = [], [], False
 
     def __enter__(self) -> Self:
         return self
@@ -104,14 +111,14 @@ class CompiledExecutor:
         self.close()
 
     def _follow(self, thread: int) -> None:
+        enter = self._enter[thread - 1]
         while True:
-            self._enter[thread - 1].acquire()
-            if self._closing:
+            if not enter.get():
                 return
             oploop.follow(
                 self._table, self._step, self._state, self._command, thread, self._n_threads
             )
-            self._left.release()
+            self._left.put(None)
 
 
 def warm_up() -> None:
@@ -149,6 +156,7 @@ class _Lowering:
         self.program, self.memory = program, memory
         self.kinds = {pipe.name: pipe.rows for pipe in program.pipes}
         self.kinds |= {buffer.name: buffer.rows for buffer in program.buffers}
+        self.widths = {buffer.name: buffer.width for buffer in program.buffers}
         self.weights = iter(memory.weights)
 
     def rows(self, op: Op) -> list[dict[str, float]]:
@@ -244,4 +252,4 @@ class _Lowering:
         if name in self.memory.pipes:
             pipe = self.memory.pipes[name].spec
             return pipe.widths[own_slot(self.program, pipe)]
-        return next(b.width for b in self.program.buffers if b.name == name)
+        return self.widths[name]

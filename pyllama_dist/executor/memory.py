@@ -13,6 +13,7 @@ F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
+_POSITIONS = 4096  # whose angles are worked out at once
 _T = TypeVar("_T", bound=np.generic)
 
 # Before each slot of a pipe, so that a frame's head and its data can be sent as they lie.
@@ -33,8 +34,10 @@ def planned_bytes(program: Program) -> int:
     buffers = sum(program.rows_of(b.rows) * b.width * 4 for b in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
     tables = sum(4 * rotary_dim for rotary_dim, _ in _rope_kinds(program))
+    facts = 8 * (2 * program.max_rows + program.max_logits)
     held = sum(weight.nbytes for weight in weights(program))
-    return held + (caches * program.n_slots + tables) * program.seq_len + buffers + pipes
+    kept = (caches * program.n_slots + tables) * program.seq_len
+    return held + kept + buffers + pipes + facts
 
 
 def _rope_kinds(program: Program) -> set[tuple[int, float]]:
@@ -96,8 +99,14 @@ def rope_tables(seq_len: int, rotary_dim: int, theta: float) -> tuple[F32, F32]:
     Source: rope type "default" of transformers.
     """
     pairs = np.arange(rotary_dim // 2, dtype=np.float64)
-    angles = np.outer(np.arange(seq_len), theta ** (-2 * pairs / rotary_dim))
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    frequencies = theta ** (-2 * pairs / rotary_dim)
+    cos = np.empty((seq_len, len(pairs)), np.float32)
+    sin = np.empty_like(cos)
+    for start in range(0, seq_len, _POSITIONS):  # in float64, but never all of it
+        angles = np.outer(np.arange(start, min(start + _POSITIONS, seq_len)), frequencies)
+        cos[start : start + _POSITIONS] = np.cos(angles)
+        sin[start : start + _POSITIONS] = np.sin(angles)
+    return cos, sin
 
 
 class Memory:

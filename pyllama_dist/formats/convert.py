@@ -113,7 +113,8 @@ def convert(
             write_model(out_dir / "model.m", config, tensors, data, count)
     except OSError as error:
         raise FileError(
-            f"{out_dir}: {error.strerror or error}; the model was not written"
+            f"{out_dir}: {error.strerror or error}; the model was not written, give another "
+            f"directory"
         ) from error
     return Report(
         config=config,
@@ -151,7 +152,10 @@ def _config(
     checkpoint: Checkpoint, architecture: Architecture, weights: FloatType, warnings: list[str]
 ) -> ModelConfig:
     """The configuration; whether there are biases, the tensors decide, not `config.json`."""
-    said = architecture.config_from_hf(checkpoint.config, weights)
+    try:
+        said = architecture.config_from_hf(checkpoint.config, weights)
+    except FileError as error:
+        raise FileError(f"{checkpoint.path}: {error}") from None
     with_bias, without_bias = (
         {
             name

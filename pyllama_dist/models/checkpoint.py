@@ -8,7 +8,6 @@ from pyllama_dist.errors import FileError
 # Fields that would change the numbers, with the values under which they do not.
 _INERT: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
-    "quantization_config": (None,),
     "sliding_window": (None,),
     "vision_config": (None,),
 }

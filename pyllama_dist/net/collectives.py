@@ -63,7 +63,7 @@ def exchange(
         frame = pipe.frame(own, rows, HEAD)
         write_head(frame, step, sync)
         for other in to:
-            mesh.send(other, frame)
+            mesh.send(other, frame, timeout)
             moved += len(frame)
     if sources:
         frames = {other: pipe.frame(slot, rows, HEAD) for other, slot in sources.items()}

@@ -191,7 +191,7 @@ class InprocMesh:
             if wire.decode(frames[0]) != Link(session, peer):
                 raise ProtocolError(f"a stranger spoke for {names[peer]}")
 
-    def send(self, node: int, frame: memoryview) -> None:
+    def send(self, node: int, frame: memoryview, timeout: float) -> None:
         """See `Mesh`."""
         self._peers[node]._inbox.put(self._node, (bytes(frame),))
 
@@ -207,9 +207,12 @@ class InprocMesh:
             frames[node][: len(data)] = data[: len(frames[node])]
             yield node, len(data)
 
-    def wait(self, channel: Channel) -> tuple[Message, Raw]:
+    def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
         """See `Mesh`. Peers are not watched: within a process none is lost unseen."""
-        return channel.receive(None)
+        return channel.receive(timeout)
+
+    def check(self) -> None:
+        """See `Mesh`."""
 
     def close(self) -> None:
         """See `Mesh`."""

@@ -1,6 +1,7 @@
 """What a way of travelling must offer. Two do: `zeromq`, and `inproc` within one process."""
 
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,10 @@ from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.net.messages import Message
 
 Raw = bytes | memoryview
+
+_ADDRESS = re.compile(
+    r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<ipv6>[0-9A-Fa-f:.%a-z]+)\]):(?P<port>[0-9]{1,5})"
+)
 
 ROOT = "the root"  # its name: it has no address
 
@@ -39,11 +44,9 @@ class Address:
         Raises:
             UsageError: it is neither.
         """
-        host, _, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if (found := _ADDRESS.fullmatch(text)) is None or not 0 < int(found["port"]) < 65536:
             raise UsageError(f"{text!r} is not an address: write host:port, as in 10.0.0.2:9990")
-        return cls(host, int(port))
+        return cls(found["name"] or found["ipv6"], int(found["port"]))
 
 
 class LostError(NodeError):
@@ -100,8 +103,12 @@ class Mesh(Protocol):
             timeout: seconds for all.
         """
 
-    def send(self, node: int, frame: memoryview) -> None:
-        """Sends a frame; its memory may be reused at once."""
+    def send(self, node: int, frame: memoryview, timeout: float) -> None:
+        """Sends a frame; its memory may be reused at once.
+
+        Raises:
+            LostError: a peer is gone, or this one took nothing for `timeout` seconds.
+        """
 
     def receive(
         self, frames: Mapping[int, memoryview], timeout: float
@@ -115,8 +122,19 @@ class Mesh(Protocol):
             LostError: a peer (any peer, not only these) is gone, or some missed the deadline.
         """
 
-    def wait(self, channel: Channel) -> tuple[Message, Raw]:
-        """The next message of a channel, without a deadline but watching all peers.
+    def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
+        """The next message of a channel, watching all peers meanwhile.
+
+        Args:
+            channel: to the root.
+            timeout: seconds; None waits without end.
+
+        Raises:
+            LostError: a peer is gone, or the root said nothing in time.
+        """
+
+    def check(self) -> None:
+        """Looks after the peers, without waiting.
 
         Raises:
             LostError: a peer is gone.
