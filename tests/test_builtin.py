@@ -5,6 +5,7 @@ Right and wrong answers show what a difference in logits does not: whether a cha
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -128,6 +129,20 @@ def test_questions_in_new_wordings_are_answered(parts, n_nodes, every):
     right = [
         all(words.lower() in answer.lower() for words in question["expect"])
         for question, answer in zip(questions, given, strict=True)
+    ]
+    assert sum(right) / len(right) >= 0.7
+
+
+def test_questions_that_its_teachers_never_saw_are_answered(parts):
+    """The stricter exam: one wording of each fact, unknown to whoever wrote those to train on."""
+    training = BUILTIN / "training"
+    facts = tomllib.loads((training / "facts.toml").read_text())["fact"]
+    blind = tomllib.loads((training / "blind.toml").read_text())
+    with many_slots(parts, 1) as root:
+        given = answers(parts, root, [blind[fact["id"]] for fact in facts])
+    right = [
+        all(words.lower() in answer.lower() for words in fact["expect"])
+        for fact, answer in zip(facts, given, strict=True)
     ]
     assert sum(right) / len(right) >= 0.7
 

@@ -213,8 +213,23 @@ def test_more_nodes_than_heads(error):
     assert "at most 8" in line
 
 
-def test_an_address_without_a_port(error):
-    assert "host:port" in error("root", "--prompt", "hi", "--workers", "10.0.0.2")
+@pytest.mark.parametrize("address", ["10.0.0.2", "http://10.0.0.2:99", "a b:99", "::1:99", "h:0"])
+def test_what_is_no_address(error, address):
+    assert "host:port" in error("root", "--prompt", "hi", "--workers", address)
+
+
+def test_the_same_worker_twice(error):
+    said = error("root", "--prompt", "hi", "--workers", "10.0.0.2:99", "10.0.0.2:99")
+    assert "10.0.0.2:99 twice" in said
+
+
+@pytest.mark.parametrize("flags", [("--temperature", "nan"), ("--timeout", "nan")])
+def test_what_is_no_number(error, flags):
+    assert "nan" in error("root", "--prompt", "hi", *flags)
+
+
+def test_a_tokenizer_of_another_model(error, model):
+    assert "different checkpoints" in error("root", "--model", model, "--prompt", "hi")
 
 
 def test_tokens_outside_the_vocabulary(error, model, tmp_path):

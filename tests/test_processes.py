@@ -367,11 +367,58 @@ def test_random_bytes_and_frames_above_the_hard_limit_do_not_disturb_a_worker(wo
             raw.settimeout(2)
             while raw.recv(4096):
                 pass
-    one.output("dropped a connection to .* does not speak ZeroMQ")
+    one.output(r"dropped \d+ connections to .* do not speak ZeroMQ")
     with Stranger(one.address) as stranger:
         stranger.socket.send(bytes(HARD_LIMIT + 1))
         assert not stranger.socket.poll(500)
         answers(one)
+
+
+def test_strangers_at_all_ports_do_not_disturb_a_session(worker, run, endless):
+    """More of them than the events that a monitor holds unread."""
+    one = worker()
+    asking = run("root", "--model", str(endless), *LONG, "--workers", one.address)
+    asking.output(r"\S", "stdout")
+    listening = [
+        connection.laddr.port
+        for connection in psutil.Process(one.pid).net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) == 2  # the public port, and the root's data port
+    for _ in range(700):
+        for port in listening:
+            socket.create_connection(("127.0.0.1", port)).close()
+    asking.output(r"(?s).{2000}", "stdout")
+    os.kill(asking.pid, signal.SIGINT)
+    assert asking.end()[0] == 130
+    one.output("listening again")
+    answers(one)
+
+
+def test_a_root_that_goes_while_weights_are_sent_is_noticed(worker):
+    """Somebody who meets a worker as a root would, and then is gone."""
+    one = worker()
+    context = zmq.Context()
+    door = context.socket(zmq.DEALER)
+    door.connect(f"tcp://{one.address}")
+
+    def ask(answer: str, **fields: object) -> dict[str, object]:
+        door.send(msgpack.packb(fields))
+        assert door.poll(10_000)
+        found = msgpack.unpackb(door.recv())
+        assert found["type"] == answer, found
+        return found
+
+    session = bytes(16)
+    ask("welcome", type="hello", protocol=1, version="0", session=session)
+    (port,) = ask("bound", type="join", node=1, n_nodes=2)["ports"]
+    data = context.socket(zmq.PAIR)
+    data.connect(f"tcp://127.0.0.1:{port}")
+    data.send(msgpack.packb({"type": "link", "session": session, "node": 0}))
+    ask("meshed", type="peers", addresses=["the root", one.address], ports=[])
+    context.destroy(linger=0)
+    one.output("lost the root: .* in phase NET; listening again", timeout=10)
+    answers(one)
 
 
 def test_a_worker_starts_without_the_libraries_of_the_root(worker):

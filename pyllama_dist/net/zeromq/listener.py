@@ -30,6 +30,8 @@ from pyllama_dist.net.zeromq.sockets import (
 
 log = logging.getLogger("pyllama_dist")
 
+_QUIET_SECONDS = 10.0  # between two lines about dropped connections
+
 
 class ZmqListener:
     """Where roots knock. See `Listener`."""
@@ -58,6 +60,7 @@ class ZmqListener:
             raise
         self.address = str(Address(host, self.port))
         self._finished: deque[bytes] = deque(maxlen=64)  # whose late messages mean nothing
+        self._dropped, self._quiet_until = 0, 0.0  # connections dropped since the last word on it
         self._known = 0  # connections that have said something, and so may close without a word
 
     @property
@@ -135,13 +138,18 @@ class ZmqListener:
     def _report(self, event: int) -> None:
         if event == LOST and self._known:
             self._known -= 1
-        else:
-            log.warning(
-                "dropped a connection to %s: it does not speak ZeroMQ, or sent a frame above "
-                "%d MiB; only a pyllama-dist root may connect here",
-                self.address,
-                wire.HARD_LIMIT >> 20,
-            )
+            return
+        self._dropped += 1
+        if time.monotonic() < self._quiet_until:
+            return  # a port scanner would fill the log
+        log.warning(
+            "dropped %d connections to %s: they do not speak ZeroMQ, or sent a frame above %d MiB; "
+            "only a pyllama-dist root may connect here",
+            self._dropped,
+            self.address,
+            wire.HARD_LIMIT >> 20,
+        )
+        self._dropped, self._quiet_until = 0, time.monotonic() + _QUIET_SECONDS
 
 
 class _RouterChannel:
