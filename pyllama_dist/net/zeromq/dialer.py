@@ -46,7 +46,7 @@ class ZmqDialer:
         socket.sndhwm = WEIGHTS_AHEAD
         try:
             connect(socket, address)
-            if not monitor.poll(int(CONNECT_SECONDS * 1000)):
+            if not poll([(monitor, zmq.POLLIN)], time.monotonic() + CONNECT_SECONDS):
                 raise NodeError(
                     f"nobody answers at {address}; is the worker running, and is that its "
                     f"address? start it with: pyllama-dist worker --port {address.port}"

@@ -1,5 +1,6 @@
 """What all our sockets have in common: options, deadlines, and an eye on their connections."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -30,6 +31,7 @@ REFUSED = (
 )
 
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
+_NAP = 0.25  # seconds
 
 
 def open_socket(context: Context, kind: int, limit: int, events: int) -> tuple[Socket, Socket]:
@@ -100,10 +102,16 @@ def connect(socket: Socket, address: object) -> None:
 
 
 def poll(watched: Sequence[Watched], deadline: float | None) -> set[Socket]:
-    """Those of the sockets that are ready; none at the deadline (`time.monotonic`)."""
-    left = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1000))
-    ready = {id(socket) for socket, _ in zmq.zmq_poll(list(watched), left)}
-    return {socket for socket, _ in watched if id(socket) in ready}
+    """Those of the sockets that are ready; none at the deadline (`time.monotonic`).
+
+    Waits in short naps: a signal that comes just before a wait begins does not end it, and is seen
+    only when the wait is over.
+    """
+    while True:
+        left = _NAP if deadline is None else min(_NAP, max(0.0, deadline - time.monotonic()))
+        ready = {id(socket) for socket, _ in zmq.zmq_poll(list(watched), math.ceil(left * 1000))}
+        if ready or (deadline is not None and time.monotonic() >= deadline):
+            return {socket for socket, _ in watched if id(socket) in ready}
 
 
 def events(monitor: Socket) -> Iterator[tuple[int, int]]:
