@@ -24,7 +24,12 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    target = (numba_config.CPU_NAME, numba_config.CPU_FEATURES, platform.machine())
+    target = (
+        numba_config.CPU_NAME,
+        numba_config.CPU_FEATURES,
+        platform.machine(),
+        platform.python_version(),
+    )
     digest.update(repr((numba.__version__, llvmlite.__version__, target)).encode())
     return digest.hexdigest()[:16]
 

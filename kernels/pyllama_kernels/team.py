@@ -25,8 +25,8 @@ FIRST = 3 * _LINE  # the latest command: run the ops from FIRST to LAST
 LAST = FIRST + 1  # LAST < FIRST: leave
 
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any op of a small model
-_YIELDS = 20000  # then give the core away, but stay awake for some milliseconds
-_NAP = 50  # then sleep, microseconds at a time: the network is slower than that anyway
+_YIELDS = 50  # then give the core away
+_NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
 
 
 def new_state() -> np.ndarray[Any, np.dtype[np.int64]]:
