@@ -19,9 +19,9 @@ from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.transport import Address, Dialer
-from pyllama_dist.partition import max_nodes, partition
+from pyllama_dist.partition import max_nodes
 from pyllama_dist.program import Program, weights
 from pyllama_dist.root import Root
 
@@ -78,17 +78,8 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         raise UsageError(
             f"a model of dim {config.dim} has no whole Q80 blocks; add --buffer-float-type f32"
         )
-    shares = partition(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        ffn_dim=config.ffn_dim,
-        vocab_size=config.vocab_size,
-        n_nodes=n,
-        block=config.weights.block,
-    )
     seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
-    plan = Plan(shares, cluster.sync, MAX_ROWS, MAX_LOGITS, n_slots=1, seq_len=seq_len)
+    plan = Plan(shares(config, n), cluster.sync, MAX_ROWS, MAX_LOGITS, n_slots=1, seq_len=seq_len)
     return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
 
 
@@ -101,7 +92,7 @@ def open_root(
     Args:
         model: the model file.
         cluster: the nodes.
-        progress: told the bytes of weights just placed and those of all nodes together.
+        progress: told the bytes of weights placed so far and those of all nodes together.
 
     Raises:
         UsageError: the model cannot be cut like that, or does not fit this machine.
@@ -117,6 +108,13 @@ def open_root(
         )
     total = sum(weight.nbytes for program in plans for weight in weights(program))
     n_threads = cluster.n_threads or max(1, available_cores() // (1 + cluster.local_workers))
+    placed = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal placed
+        placed += nbytes
+        progress(placed, total)
+
     prepare(cluster.notice)
     with ExitStack() as stack:
         local = stack.enter_context(_local_workers(cluster.local_workers, n_threads))
@@ -130,7 +128,7 @@ def open_root(
                 dialer=dialer,
                 # Lower nodes connect to higher ones: those on this machine reach the others.
                 workers=sorted((*local, *cluster.workers), key=lambda a: not a.is_loopback),
-                progress=lambda nbytes: progress(nbytes, total),
+                progress=count,
             )
         )
 

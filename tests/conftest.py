@@ -16,10 +16,9 @@ from hypothesis import settings
 from pyllama_dist.config import Arch, FloatType, ModelConfig, Tensor
 from pyllama_dist.executor.memory import Memory
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.inproc import Hub
 from pyllama_dist.net.transport import Address, LostError
-from pyllama_dist.partition import partition
 from pyllama_dist.program import Batch, Program, Span, weights
 from pyllama_dist.worker import serve
 from pyllama_kernels.blocks import quantize_q40, quantize_q80
@@ -79,16 +78,7 @@ class TinyModel:
         seq_len: int = 32,
     ) -> list[Program]:
         c = self.config
-        shares = partition(
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            ffn_dim=c.ffn_dim,
-            vocab_size=c.vocab_size,
-            n_nodes=n_nodes,
-            block=c.weights.block,
-        )
-        plan = Plan(shares, sync, max_rows, max_logits, n_slots, seq_len)
+        plan = Plan(shares(c, n_nodes), sync, max_rows, max_logits, n_slots, seq_len)
         return [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
 
     def fill(self, memory: Memory) -> None:

@@ -14,12 +14,11 @@ import pytest
 
 from pyllama_dist.chat import Conversation, open_model
 from pyllama_dist.cli.options import BUILTIN
-from pyllama_dist.cluster import Cluster, programs
+from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.config import FloatType
 from pyllama_dist.engine import Engine
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan
-from pyllama_dist.partition import partition
+from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.program import Batch
 from pyllama_dist.root import Root
 from pyllama_dist.sampler import Sampling
@@ -40,15 +39,8 @@ def parts():
 @contextmanager
 def many_slots(parts, n_nodes: int, sync: FloatType = FloatType.Q80) -> Iterator[Root]:
     c = parts.file.config
-    shares = partition(
-        n_heads=c.n_heads,
-        n_kv_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        ffn_dim=c.ffn_dim,
-        vocab_size=c.vocab_size,
-        n_nodes=n_nodes,
-    )
-    plan = Plan(shares, sync, max_rows=64, max_logits=SLOTS, n_slots=SLOTS, seq_len=160)
+    cut = shares(c, n_nodes)
+    plan = Plan(cut, sync, max_rows=64, max_logits=SLOTS, n_slots=SLOTS, seq_len=160)
     plans = [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
     with simulated_root(parts.file, plans) as root:
         yield root
@@ -235,3 +227,13 @@ def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
                 ]
             afresh.engine.logits([1])  # what the cache held is gone
             assert "".join(afresh.ask(turns[i])) == text
+
+
+def test_progress_tells_what_is_done_so_far_of_all(parts):
+    """As `convert` does: a bar takes both."""
+    told: list[tuple[int, int]] = []
+    with open_root(parts.file, Cluster(), lambda done, total: told.append((done, total))):
+        pass
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(set(done))
+    assert set(totals) == {done[-1]}

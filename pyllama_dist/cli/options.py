@@ -134,7 +134,7 @@ def make_cluster(
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere; it is told bytes just done and bytes in all."""
+    """A bar on a terminal, nothing elsewhere; it is told bytes done so far and bytes in all."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -160,7 +160,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
     def progress(done: int, total: int) -> None:
         bar.start()  # only now: what comes before may have something to say
-        bar.update(task, advance=done, total=total)
+        bar.update(task, completed=done, total=total)
 
     try:
         yield progress

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pyllama_dist.config import FloatType
-from pyllama_dist.partition import Share
+from pyllama_dist.config import FloatType, ModelConfig
+from pyllama_dist.partition import Share, partition
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,20 @@ class Plan:
     def partials(self) -> FloatType:
         """How partial sums are kept. A single node has nobody to send them to: float32."""
         return self.sync if self.n_nodes > 1 else FloatType.F32
+
+
+def shares(config: ModelConfig, n_nodes: int) -> tuple[Share, ...]:
+    """The share of each node of a model.
+
+    Raises:
+        ValueError: the model cannot be cut for so many nodes.
+    """
+    return partition(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        n_nodes=n_nodes,
+        block=config.weights.block,
+    )
