@@ -66,6 +66,13 @@ def check_program(program: Program) -> None:
             raise ProtocolError(f"pipe {pipe.name} does not fit into a frame")
     for buffer in program.buffers:
         _blocks(buffer.name, buffer.float_type, buffer.width)
+    for cache in program.caches:
+        if cache.float_type not in (FloatType.F32, FloatType.F16, FloatType.Q80):
+            raise ProtocolError(
+                f"{cache.name} is {cache.float_type.name}; caches are F32, F16, Q80"
+            )
+        if cache.head_dim % cache.float_type.block:
+            raise ProtocolError(f"{cache.name} is not whole blocks of {cache.float_type.block}")
     ops = _OpCheck(program)
     pipes = {pipe.name: pipe for pipe in program.pipes}
     for segment in program.segments:
@@ -200,7 +207,9 @@ class _OpCheck:
         self.same(op.query, op.target)
         self.batch_rows(op.query)
         _require(
-            (keys.kv_heads, keys.head_dim) == (values.kv_heads, values.head_dim), "caches differ"
+            (keys.kv_heads, keys.head_dim, keys.float_type)
+            == (values.kv_heads, values.head_dim, values.float_type),
+            "caches differ",
         )
         _require(width % keys.head_dim == 0, "heads are not whole")
         heads = width // keys.head_dim

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Protocol
 
 import psutil
 
@@ -17,23 +17,30 @@ from pyllama_dist.config import FloatType, ModelConfig
 from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import planned_bytes
-from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.transport import Address, Dialer
 from pyllama_dist.partition import max_nodes
 from pyllama_dist.program import Program, weights
-from pyllama_dist.root import Root
+from pyllama_dist.root import Root, WeightSource
 
 log = logging.getLogger("pyllama_dist")
 
 MAX_NODES = 256
-MAX_ROWS = 32  # rows of a batch while a prompt is read, as in distributed-llama
+MAX_ROWS = 256  # rows of a batch while a prompt is read: each weight is fetched once for all
 MAX_LOGITS = 8  # rows of a batch whose logits can be asked for
 DEFAULT_SEQ_LEN = 8192  # the cache of a longer context is taken only when asked for
 
 _START_SECONDS = 120.0  # for a worker on this machine; compiling kernels comes before
 _END_SECONDS = 3.0
+
+
+class Model(WeightSource, Protocol):
+    """Weights and what they belong to: a `.m` file."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the file's header says."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Cluster:
     local_workers: int = 0
     n_threads: int | None = None  # of each node on this machine; None: share out the cores
     sync: FloatType = FloatType.Q80
+    cache: FloatType | None = None  # None: as fine as the weights are, F32 or F16
     max_seq_len: int | None = None
     timeout: float = 60.0
     notice: Callable[[str], None] = field(default=lambda text: None)
@@ -52,6 +60,11 @@ class Cluster:
     def n_nodes(self) -> int:
         """Root and workers."""
         return 1 + len(self.workers) + self.local_workers
+
+    @property
+    def threads(self) -> int:
+        """Threads of each node on this machine."""
+        return self.n_threads or max(1, available_cores() // (1 + self.local_workers))
 
 
 def available_cores() -> int:
@@ -79,18 +92,27 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
             f"a model of dim {config.dim} has no whole Q80 blocks; add --buffer-float-type f32"
         )
     seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
-    plan = Plan(shares(config, n), cluster.sync, MAX_ROWS, MAX_LOGITS, n_slots=1, seq_len=seq_len)
+    plan = Plan(
+        shares(config, n),
+        sync=cluster.sync,
+        cache=cluster.cache
+        or (FloatType.F32 if config.weights is FloatType.F32 else FloatType.F16),
+        max_rows=MAX_ROWS,
+        max_logits=MAX_LOGITS,
+        n_slots=1,
+        seq_len=seq_len,
+    )
     return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
 
 
 @contextmanager
 def open_root(
-    model: ModelFile, cluster: Cluster, progress: Callable[[int, int], None]
+    model: Model, cluster: Cluster, progress: Callable[[int, int], None]
 ) -> Iterator[Root]:
     """A root whose workers are ready; at the end everything that was started is ended.
 
     Args:
-        model: the model file.
+        model: a model file, or another source of weights that knows its configuration.
         cluster: the nodes.
         progress: told the bytes of weights placed so far and those of all nodes together.
 
@@ -107,7 +129,7 @@ def open_root(
             f"available; use workers on other machines, or a lower --max-seq-len"
         )
     total = sum(weight.nbytes for program in plans for weight in weights(program))
-    n_threads = cluster.n_threads or max(1, available_cores() // (1 + cluster.local_workers))
+    n_threads = cluster.threads
     placed = 0
 
     def count(nbytes: int) -> None:

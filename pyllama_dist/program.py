@@ -47,9 +47,10 @@ class Buffer(_Part, frozen=True):
 
 
 class Cache(_Part, frozen=True):
-    """Keys or values of one layer, float32 [slots, kv_heads, seq_len, head_dim]."""
+    """Keys or values of one layer: head_dim numbers for each slot, key head and position."""
 
     name: Name
+    float_type: FloatType  # F32, F16 or Q80
     kv_heads: Count
     head_dim: Count
 

@@ -243,6 +243,7 @@ class Root:
                     else:
                         self._channels[node - 1].send(WeightPart(index, offset), data.data)
                     progress(data.size)
+            self._executor.memory.settle(index)
             if index % 32 == 0:
                 self._source.drop_pages()
         self._source.drop_pages()

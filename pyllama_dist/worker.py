@@ -208,6 +208,8 @@ class _Session:
             )
         held[part.index][part.offset : end] = np.frombuffer(raw, np.uint8)
         filled[part.index] = end
+        if end == held[part.index].size:
+            executor.memory.settle(part.index)
 
     def steps(self, node: Node) -> None:
         """STEP after STEP, until the root says bye."""

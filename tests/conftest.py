@@ -72,18 +72,21 @@ class TinyModel:
         n_nodes: int = 1,
         *,
         sync: FloatType = FloatType.F32,
+        cache: FloatType = FloatType.F32,
         max_rows: int = 8,
         max_logits: int = 8,
         n_slots: int = 2,
         seq_len: int = 32,
     ) -> list[Program]:
         c = self.config
-        plan = Plan(shares(c, n_nodes), sync, max_rows, max_logits, n_slots, seq_len)
+        plan = Plan(shares(c, n_nodes), sync, cache, max_rows, max_logits, n_slots, seq_len)
         return [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
 
     def fill(self, memory: Memory) -> None:
-        for weight, held in zip(weights(memory.program), memory.weights, strict=True):
-            held[:] = self.slice(weight.tensor, weight.rows, weight.cols).reshape(-1)
+        for index, weight in enumerate(weights(memory.program)):
+            part = self.slice(weight.tensor, weight.rows, weight.cols)
+            memory.weights[index][:] = part.reshape(-1)
+            memory.settle(index)
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
         table: np.ndarray = self.raw("embed_tokens.weight").view(np.float32)

@@ -37,10 +37,12 @@ def parts():
 
 
 @contextmanager
-def many_slots(parts, n_nodes: int, sync: FloatType = FloatType.Q80) -> Iterator[Root]:
+def many_slots(parts, n_nodes: int, cache: FloatType = FloatType.F16) -> Iterator[Root]:
     c = parts.file.config
     cut = shares(c, n_nodes)
-    plan = Plan(cut, sync, max_rows=64, max_logits=SLOTS, n_slots=SLOTS, seq_len=160)
+    plan = Plan(
+        cut, FloatType.Q80, cache, max_rows=64, max_logits=SLOTS, n_slots=SLOTS, seq_len=160
+    )
     plans = [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
     with simulated_root(parts.file, plans) as root:
         yield root
@@ -107,9 +109,13 @@ def test_there_is_enough_to_ask():
     assert len(HELD_OUT["sums"]) == 100
 
 
-@pytest.mark.parametrize("n_nodes", [1, 2, 3, 4, 5])
-def test_held_out_sums_are_right_on_any_number_of_nodes(parts, n_nodes):
-    with many_slots(parts, n_nodes) as root:
+@pytest.mark.parametrize(
+    ("n_nodes", "cache"),
+    [*((n, FloatType.F16) for n in (1, 2, 3, 4, 5)), (1, FloatType.F32), (2, FloatType.Q80)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_held_out_sums_are_right_on_any_number_of_nodes(parts, n_nodes, cache):
+    with many_slots(parts, n_nodes, cache) as root:
         assert sum(sums_right(parts, root)) >= 95
 
 

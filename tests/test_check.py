@@ -188,11 +188,13 @@ BAD_PROGRAMS = {
         p, segments=(Segment("long", (Add("y", "y"),) * 65537),)
     ),
     "same name": lambda p: replace(p, buffers=(*p.buffers, p.buffers[0])),
-    "have the same name": lambda p: replace(p, caches=(Cache("y", 1, 1), *p.caches)),
+    "have the same name": lambda p: replace(p, caches=(Cache("y", F32, 1, 1), *p.caches)),
     "pipe x has 2 slots": with_memory("pipes", widths=(64, 64)),
     "pipe x has 0 slots": with_memory("pipes", widths=()),
     "x is F16": with_memory("pipes", float_type=F16),
     "y is Q40": with_memory("buffers", float_type=Q40),
+    "k.0 is Q40; caches are F32, F16, Q80": with_memory("caches", float_type=Q40),
+    "k.0 is not whole blocks of 32": with_memory("caches", float_type=Q80, head_dim=16),
     "spare is not whole blocks": lambda p: replace(
         p, buffers=(*p.buffers, Buffer("spare", Q80, 33))
     ),
@@ -209,11 +211,16 @@ def test_a_program_that_does_not_add_up_is_refused(program, complaint):
         check_program(BAD_PROGRAMS[complaint](program))
 
 
-def test_caches_of_different_shape_are_refused(program):
-    caches = tuple(
-        Cache(c.name, c.kv_heads * 2, c.head_dim // 2) if c.name == "v.0" else c
-        for c in program.caches
-    )
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda c: replace(c, kv_heads=c.kv_heads * 2, head_dim=c.head_dim // 2),
+        lambda c: replace(c, float_type=F16),
+    ],
+    ids=["shape", "float type"],
+)
+def test_caches_that_differ_are_refused(program, other):
+    caches = tuple(other(c) if c.name == "v.0" else c for c in program.caches)
     with pytest.raises(ProtocolError, match=r"\(Attention\): caches differ"):
         check_program(replace(program, caches=caches))
 

@@ -245,7 +245,7 @@ def test_json_without_a_prompt(error):
 
 def test_wrong_kernels(error, monkeypatch):
     monkeypatch.setenv("PYLLAMA_KERNELS", "quantum")
-    assert "'portable' or 'reference'" in error("root", "--prompt", "hi")
+    assert "no kernels 'quantum'" in error("root", "--prompt", "hi")
 
 
 def test_unknown_options_end_with_one_line(cli):

@@ -269,8 +269,9 @@ def test_a_batch_that_does_not_fit_is_refused_before_it_is_sent(tiny, serving, r
 def test_a_worker_of_another_protocol_is_named(tiny, serving, monkeypatch):
     model = tiny()
     with served(serving, model) as (hub, addresses), monkeypatch.context() as patch:
-        patch.setattr(worker_module, "PROTOCOL", 2)
-        with pytest.raises(NodeError, match=r"protocol 1 .* worker 2 .*install the same version"):
+        patch.setattr(worker_module, "PROTOCOL", PROTOCOL + 1)
+        versions = f"protocol {PROTOCOL} .* worker {PROTOCOL + 1} .*install the same version"
+        with pytest.raises(NodeError, match=versions):
             connect(model, hub, addresses)
 
 
@@ -296,7 +297,8 @@ def test_a_welcome_of_another_protocol_is_named(tiny):
             return channel
 
     model = tiny()
-    with pytest.raises(NodeError, match=f"{address} speaks protocol 2 .*9.9.*same version"):
+    said = f"{address} speaks protocol {PROTOCOL + 1} .*9.9.*same version"
+    with pytest.raises(NodeError, match=said):
         Root(model, model.programs(2), n_threads=1, dialer=Foreign(), workers=[address])
 
 
@@ -371,7 +373,7 @@ def talk(tiny, serving):
 def test_a_root_of_another_protocol_is_told_both_versions(talk):
     error = talk.refused(Hello(7, "9.9", talk.session))
     assert error.phase is Phase.HELLO
-    assert "protocol 7 (pyllama-dist 9.9), this worker 1" in error.message
+    assert f"protocol 7 (pyllama-dist 9.9), this worker {PROTOCOL}" in error.message
     assert "install the same version" in error.message
 
 

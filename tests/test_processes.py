@@ -27,6 +27,7 @@ from pyllama_dist.formats import header
 from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL
+from pyllama_dist.net.messages import PROTOCOL
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -343,7 +344,7 @@ def test_a_worker_of_another_protocol_version_is_named():
         [random.Random(1).randbytes(1000)],
         [msgpack.packb({"type": "step"})],
         [msgpack.packb([1, 2, 3])],
-        [hello(1), b"x", b"y"],
+        [hello(PROTOCOL), b"x", b"y"],
         [b"\x00" * (MAX_CONTROL + 1)],
     ],
     ids=["empty", "reserved", "random", "incomplete", "array", "frames", "large"],
@@ -410,7 +411,7 @@ def test_a_root_that_goes_while_weights_are_sent_is_noticed(worker):
         return found
 
     session = bytes(16)
-    ask("welcome", type="hello", protocol=1, version="0", session=session)
+    ask("welcome", type="hello", protocol=PROTOCOL, version="0", session=session)
     (port,) = ask("bound", type="join", node=1, n_nodes=2)["ports"]
     data = context.socket(zmq.PAIR)
     data.connect(f"tcp://127.0.0.1:{port}")

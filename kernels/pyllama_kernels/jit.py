@@ -2,8 +2,8 @@
 
 Numba notices a changed file only for the function it holds, not for what that function calls: a
 cached op loop would go on with old kernels. So the cache directory is named after a hash of this
-package's sources, and of the versions and the CPU that the code was made for. Cache files are
-pickles: the directory belongs to the user alone.
+package's sources, of the versions and the CPU that the code was made for, and of the kernels that
+are chosen. Cache files are pickles: the directory belongs to the user alone.
 """
 
 import hashlib
@@ -19,17 +19,19 @@ import numba
 from numba.core import config as numba_config
 from platformdirs import user_cache_path
 
+from pyllama_kernels.cpu import KernelsError, choose, host
+
 
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
-    target = (
-        numba_config.CPU_NAME,
-        numba_config.CPU_FEATURES,
-        platform.machine(),
-        platform.python_version(),
-    )
+    here = host()
+    try:
+        kernels = choose().name
+    except KernelsError:
+        kernels = ""  # nothing will be run; whoever loads them is told why
+    target = (here.machine, here.target, here.flags, kernels, platform.python_version())
     digest.update(repr((numba.__version__, llvmlite.__version__, target)).encode())
     return digest.hexdigest()[:16]
 

@@ -55,6 +55,8 @@ def _pointer_to(numba_type):
 
 float32_pointer = _pointer_to(types.float32)
 int8_pointer = _pointer_to(types.int8)
+int32_pointer = _pointer_to(types.int32)
+uint16_pointer = _pointer_to(types.uint16)
 uint8_pointer = _pointer_to(types.uint8)
 int64_pointer = _pointer_to(types.int64)
 
@@ -97,6 +99,32 @@ def atomic_add(typingctx, array, index, value):
         return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def address_of(typingctx, array):
+    """The address of an array's first element."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, _i64)
+
+    return types.int64(array), codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack(typingctx, nbytes):
+    """The address of so many bytes (a literal) of the function's own stack, at a cache line."""
+    if not isinstance(nbytes, types.IntegerLiteral):
+        return None
+    size = nbytes.literal_value
+
+    def codegen(context, builder, signature, args):
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+        room.align = 64
+        return builder.ptrtoint(room, _i64)
+
+    return types.int64(nbytes), codegen
 
 
 _PAUSE = {

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from pyllama_kernels import portable as kernels
+from pyllama_kernels import cpu, ops
+from pyllama_kernels.attention import attend, count_chunks, join
+from pyllama_kernels.cache import store_keys, store_values
 from pyllama_kernels.jit import kernel
+from pyllama_kernels.layout import BLOCK, GROUP, GROUP_BYTES, ROW_BYTES, packed_rows, tile_rows
 from pyllama_kernels.lowlevel import (
     atomic_load,
     atomic_store,
@@ -22,6 +25,8 @@ from pyllama_kernels.lowlevel import (
     uint8_pointer,
 )
 from pyllama_kernels.team import COMMAND, FIRST, LAST, barrier, wait_while
+
+matmul_q40 = cpu.load(cpu.choose().name).matmul_q40
 
 
 class Code(IntEnum):
@@ -34,32 +39,37 @@ class Code(IntEnum):
     MATMUL_Q40 = 4
     MATMUL_Q80 = 5
     ROPE = 6
-    STORE = 7
-    ATTENTION = 8
-    SILU_MUL = 9
-    MERGE_F32 = 10
-    MERGE_Q80 = 11
-    ADD = 12
-    GATHER = 13
+    STORE_KEYS = 7
+    STORE_VALUES = 8
+    ATTEND = 9
+    JOIN = 10
+    SILU_MUL = 11
+    MERGE_F32 = 12
+    MERGE_Q80 = 13
+    ADD = 14
+    GATHER = 15
 
 
 # Addresses are of the first byte; `n` and `m` are values in a row of the input and of the output.
 OP = np.dtype(
     [
         ("code", np.int64),
+        ("barrier", np.int64),  # 1: what comes next needs what the whole team did up to here
         ("logits", np.int64),  # 0: a row for each row of the batch; 1: for each row with logits
         ("a", np.int64),  # first input
-        ("b", np.int64),  # second input: scales, up, value cache, sin
+        ("b", np.int64),  # second input: up, value cache, sin
         ("c", np.int64),  # third input: bias, key cache, cos
         ("w", np.int64),  # weight
         ("out", np.int64),
-        ("out2", np.int64),  # second output: scales
         ("n", np.int64),
         ("m", np.int64),
         ("heads", np.int64),
         ("kv_heads", np.int64),
         ("seq_len", np.int64),
         ("n_slots", np.int64),
+        ("kind", np.int64),  # of a cache, see `cache`
+        ("pages", np.int64),
+        ("page_bytes", np.int64),
         ("first", np.int64),
         ("group", np.int64),
         ("parts", np.int64),
@@ -69,8 +79,10 @@ OP = np.dtype(
     align=True,
 )
 
-# The words of `step`, an int64 array: counts, then the addresses of the rows' facts.
-N_ROWS, N_LOGITS, SLOTS, POSITIONS, LOGITS = range(5)
+# The words of `step`, an int64 array: counts, the addresses of the rows' facts, and of memory for
+# attention: the chunks' results, and scratch of so many bytes for each thread.
+N_ROWS, N_LOGITS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(8)
+STEP_WORDS = 8
 
 
 @kernel
@@ -114,83 +126,109 @@ def run_op(op: Any, step: Any, thread: int, n_threads: int) -> None:
     if code == Code.RMS_NORM:
         a, z = share(rows, thread, n_threads)
         x, out = f32(op.a, rows, n), f32(op.out, rows, n)
-        kernels.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
+        ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
 
     elif code == Code.QUANTIZE:
-        blocks = rows * (n // 32)
-        a, z = share(blocks, thread, n_threads)
-        x, values, scales = f32(op.a, blocks, 32), i8(op.out, blocks, 32), f32(op.out2, blocks)
-        kernels.quantize(x[a:z], values[a:z], scales[a:z])
+        a, z = share(rows * (n // BLOCK), thread, n_threads)
+        ops.quantize(f32(op.a, rows, n), a, z, activations(op.out, rows, n))
 
     elif code == Code.PACK_Q80:
-        blocks = rows * (n // 32)
+        blocks = rows * (n // BLOCK)
         a, z = share(blocks, thread, n_threads)
-        kernels.pack_q80(f32(op.a, blocks, 32)[a:z], u8(op.out, blocks, 34)[a:z])
+        ops.pack_q80(f32(op.a, blocks, BLOCK)[a:z], u8(op.out, blocks, 34)[a:z])
 
     elif code == Code.MATMUL_F32:
         a, z = share(m, thread, n_threads)
         x, w, out = f32(op.a, rows, n), f32(op.w, m, n), f32(op.out, rows, m)
-        kernels.matmul_f32(x, w[a:z], bias(op, a, z), out[:, a:z])
+        ops.matmul_f32(x, w[a:z], bias(op, a, z), out[:, a:z])
 
     elif code == Code.MATMUL_Q40:
-        a, z = share(m, thread, n_threads)
-        values, scales = i8(op.a, rows, n), f32(op.b, rows, n // 32)
-        w, out = u8(op.w, m, n // 32, 18), f32(op.out, rows, m)
-        kernels.matmul_q40(values, scales, w[a:z], bias(op, a, z), out[:, a:z])
+        groups = packed_rows(m) // GROUP
+        a, z = share(groups, thread, n_threads)
+        w = u8(op.w, groups, n // BLOCK, GROUP_BYTES)[a:z]
+        a, z = a * GROUP, min(m, z * GROUP)
+        out = f32(op.out, rows, m)[:, a:z]
+        matmul_q40(activations(op.a, rows, n), rows, w, bias(op, a, z), out)
 
     elif code == Code.MATMUL_Q80:
         a, z = share(m, thread, n_threads)
-        values, scales = i8(op.a, rows, n), f32(op.b, rows, n // 32)
-        w, out = u8(op.w, m, n // 32, 34), f32(op.out, rows, m)
-        kernels.matmul_q80(values, scales, w[a:z], bias(op, a, z), out[:, a:z])
+        w, out = u8(op.w, m, n // BLOCK, 34), f32(op.out, rows, m)
+        ops.matmul_q80(activations(op.a, rows, n), rows, w[a:z], bias(op, a, z), out[:, a:z])
 
     elif code == Code.ROPE:
         a, z = share(op.heads, thread, n_threads)
         cos, sin = f32(op.c, op.seq_len, m), f32(op.b, op.seq_len, m)
         x = f32(op.out, rows, op.heads, n)
-        kernels.rope(i64(step[POSITIONS], rows), cos, sin, x[:, a:z])
+        ops.rope(i64(step[POSITIONS], rows), cos, sin, x[:, a:z])
 
-    elif code == Code.STORE:
+    elif code == Code.STORE_KEYS or code == Code.STORE_VALUES:
         a, z = share(op.heads, thread, n_threads)
         slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-        cache = f32(op.out, op.n_slots, op.heads, op.seq_len, n)
-        kernels.store(f32(op.a, rows, op.heads, n)[:, a:z], slots, positions, cache[:, a:z])
+        cache = u8(op.out, op.n_slots, op.heads, op.pages, op.page_bytes)[:, a:z]
+        x = f32(op.a, rows, op.heads, n)[:, a:z]
+        if code == Code.STORE_KEYS:
+            store_keys(x, slots, positions, op.kind, cache)
+        else:
+            store_values(x, slots, positions, op.kind, cache)
 
-    elif code == Code.ATTENTION:
-        a, z = share(op.heads, thread, n_threads)
+    elif code == Code.ATTEND:
         slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-        query, out = f32(op.a, rows, op.heads, n), f32(op.out, rows, op.heads, n)
-        keys = f32(op.c, op.n_slots, op.kv_heads, op.seq_len, n)
-        values_ = f32(op.b, op.n_slots, op.kv_heads, op.seq_len, n)
-        first = op.first + a
-        kernels.attention(
-            query[:, a:z], keys, values_, slots, positions, first, op.group, out[:, a:z]
+        keys = u8(op.c, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
+        values = u8(op.b, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
+        attend(
+            f32(op.a, rows, op.heads, n),
+            keys,
+            values,
+            op.kind,
+            slots,
+            positions,
+            op.first,
+            op.group,
+            f32(step[PARTS], rows, op.heads, count_chunks(positions), n + 2),
+            f32(op.out, rows, op.heads, n),
+            step[SCRATCH] + thread * step[SCRATCH_BYTES],
+            thread,
+            n_threads,
         )
+
+    elif code == Code.JOIN:
+        chunks = count_chunks(i64(step[POSITIONS], rows))
+        if chunks > 1:
+            a, z = share(op.heads, thread, n_threads)
+            parts = f32(step[PARTS], rows, op.heads, chunks, n + 2)
+            join(parts, a, z, f32(op.out, rows, op.heads, n))
 
     elif code == Code.SILU_MUL:
         a, z = share(rows * n, thread, n_threads)
         gate, up, y = f32(op.a, rows * n), f32(op.b, rows * n), f32(op.out, rows * n)
-        kernels.silu_mul(gate[a:z], up[a:z], y[a:z])
+        ops.silu_mul(gate[a:z], up[a:z], y[a:z])
 
     elif code == Code.MERGE_F32:
         a, z = share(rows * n, thread, n_threads)
         parts = f32(op.a, op.parts, op.stride // 4)
-        kernels.merge_f32(parts[:, a:z], f32(op.out, rows * n)[a:z])
+        ops.merge_f32(parts[:, a:z], f32(op.out, rows * n)[a:z])
 
     elif code == Code.MERGE_Q80:
         blocks = rows * (n // 32)
         a, z = share(blocks, thread, n_threads)
         parts_ = u8(op.a, op.parts, op.stride // 34, 34)
-        kernels.merge_q80(parts_[:, a:z], f32(op.out, blocks, 32)[a:z])
+        ops.merge_q80(parts_[:, a:z], f32(op.out, blocks, 32)[a:z])
 
     elif code == Code.ADD:
         a, z = share(rows * n, thread, n_threads)
-        kernels.add(f32(op.a, rows * n)[a:z], f32(op.out, rows * n)[a:z])
+        ops.add(f32(op.a, rows * n)[a:z], f32(op.out, rows * n)[a:z])
 
     elif code == Code.GATHER:
         a, z = share(rows, thread, n_threads)
         x, out = f32(op.a, step[N_ROWS], n), f32(op.out, rows, n)
-        kernels.gather(x, i64(step[LOGITS], rows)[a:z], out[a:z])
+        ops.gather(x, i64(step[LOGITS], rows)[a:z], out[a:z])
+
+
+@kernel
+def activations(address: int, rows: int, n: int) -> Any:
+    """The tiles of a batch, uint8: see `layout`."""
+    t = tile_rows(rows)
+    return u8(address, (rows + t - 1) // t * t * (n // BLOCK) * ROW_BYTES)
 
 
 @kernel
@@ -201,12 +239,12 @@ def bias(op: Any, a: int, z: int) -> Any:
 
 @kernel
 def run_ops(
-    ops: Any, first: int, last: int, step: Any, state: Any, thread: int, n_threads: int
+    table: Any, first: int, last: int, step: Any, state: Any, thread: int, n_threads: int
 ) -> None:
     """One thread's part of the ops from `first` to before `last`.
 
     Args:
-        ops: [n] OP.
+        table: [n] OP.
         first: the first op.
         last: the op after the last one.
         step: int64, see `N_ROWS`.
@@ -215,12 +253,13 @@ def run_ops(
         n_threads: in the team.
     """
     for i in range(first, last):
-        run_op(ops[i], step, thread, n_threads)
-        barrier(state, n_threads)
+        run_op(table[i], step, thread, n_threads)
+        if table[i].barrier:
+            barrier(state, n_threads)
 
 
 @kernel
-def lead(ops: Any, first: int, last: int, step: Any, state: Any, n_threads: int) -> None:
+def lead(table: Any, first: int, last: int, step: Any, state: Any, n_threads: int) -> None:
     """Runs the ops from `first` to before `last` with the whole team; arguments as in `run_ops`."""
     if first == last:
         return  # without a barrier the next command would overwrite this one while it is read
@@ -228,7 +267,7 @@ def lead(ops: Any, first: int, last: int, step: Any, state: Any, n_threads: int)
         atomic_store(state, FIRST, first)
         atomic_store(state, LAST, last)
         atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
-    run_ops(ops, first, last, step, state, 0, n_threads)
+    run_ops(table, first, last, step, state, 0, n_threads)
 
 
 @kernel
@@ -240,7 +279,7 @@ def dismiss(state: Any) -> None:
 
 
 @kernel
-def follow(ops: Any, step: Any, state: Any, command: int, thread: int, n_threads: int) -> None:
+def follow(table: Any, step: Any, state: Any, command: int, thread: int, n_threads: int) -> None:
     """Runs what the leading thread commands until it says to leave.
 
     Arguments as in `run_ops`; `command` is the number of the last command already carried out.
@@ -250,4 +289,4 @@ def follow(ops: Any, step: Any, state: Any, command: int, thread: int, n_threads
         first, last = atomic_load(state, FIRST), atomic_load(state, LAST)
         if last < first:
             return
-        run_ops(ops, first, last, step, state, thread, n_threads)
+        run_ops(table, first, last, step, state, thread, n_threads)

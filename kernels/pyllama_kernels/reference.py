@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_kernels.blocks import dequantize_q40, dequantize_q80, quantize_q80
+from pyllama_kernels.layout import pack_activations, unpack_activations, unpack_weights
+from pyllama_kernels.pages import KEPT_Q80, PAGE, read_positions, write_position
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
@@ -32,17 +34,18 @@ def rms_norm(x: F32, weight: F32, epsilon: float, out: F32) -> None:
     out[:] = x / np.sqrt(mean + epsilon) * weight
 
 
-def quantize(x: F32, values: I8, scales: F32) -> None:
-    """Q80 as a matrix reads it: values and scales apart.
+def quantize(x: F32, activations: U8) -> None:
+    """Q80 as a matrix reads it.
 
     Args:
-        x: [blocks, 32] float32.
-        values: [blocks, 32] int8.
-        scales: [blocks] float32, each of them a float16's value.
+        x: [rows, n] float32.
+        activations: uint8, the tiles of the batch: see `layout`.
     """
-    packed = quantize_q80(x)  # [blocks, 34]
-    scales[:] = packed[:, :2].copy().view(np.float16)[:, 0]
-    values[:] = packed[:, 2:].view(np.int8)
+    rows, n = x.shape
+    packed = quantize_q80(x).reshape(rows, n // 32, 34)
+    scales = np.ascontiguousarray(packed[..., :2]).view("<f2")[..., 0].astype(np.float32)
+    values = np.ascontiguousarray(packed[..., 2:]).view(np.int8).reshape(rows, n)
+    pack_activations(values, scales, activations)
 
 
 def pack_q80(x: F32, out: U8) -> None:
@@ -64,33 +67,36 @@ def matmul_f32(x: F32, weight: F32, bias: F32, out: F32) -> None:
         out += bias
 
 
-def matmul_q40(values: I8, scales: F32, weight: U8, bias: F32, out: F32) -> None:
+def matmul_q40(activations: U8, rows: int, weight: U8, bias: F32, out: F32) -> None:
     """A Q80 batch times Q40 weights, plus bias.
 
     Args:
-        values: [rows, n] int8.
-        scales: [rows, n / 32] float32.
-        weight: [m, n / 32, 18] uint8, Q40 blocks.
+        activations: uint8, the tiles of the batch: see `layout`.
+        rows: of the batch.
+        weight: [groups, n / 32, 288] uint8, groups of 16 rows: see `layout`.
         bias: [m] float32, or [0] for none.
         out: [rows, m] float32.
     """
-    matmul_f32(_activations(values, scales), _rows(dequantize_q40, weight), bias, out)
+    _product(activations, rows, unpack_weights(weight)[: out.shape[1]], dequantize_q40, bias, out)
 
 
-def matmul_q80(values: I8, scales: F32, weight: U8, bias: F32, out: F32) -> None:
-    """A Q80 batch times Q80 weights, plus bias: as `matmul_q40`, with blocks of 34 bytes."""
-    matmul_f32(_activations(values, scales), _rows(dequantize_q80, weight), bias, out)
+def matmul_q80(activations: U8, rows: int, weight: U8, bias: F32, out: F32) -> None:
+    """A Q80 batch times Q80 weights, plus bias.
+
+    Args:
+        activations: as for `matmul_q40`.
+        rows: of the batch.
+        weight: [m, n / 32, 34] uint8, Q80 blocks.
+        bias: [m] float32, or [0] for none.
+        out: [rows, m] float32.
+    """
+    _product(activations, rows, weight, dequantize_q80, bias, out)
 
 
-def _activations(values: I8, scales: F32) -> F32:
-    blocks = values.reshape(*scales.shape, 32).astype(np.float32)
-    return (blocks * scales[:, :, None]).reshape(values.shape)
-
-
-def _rows(dequantize: Any, weight: U8) -> F32:
-    m, blocks, size = weight.shape
-    flat: F32 = dequantize(weight.reshape(m, blocks * size))
-    return flat
+def _product(activations: U8, rows: int, blocks: U8, dequantize: Any, bias: F32, out: F32) -> None:
+    m, n_blocks, size = blocks.shape
+    x = unpack_activations(activations, rows, 32 * n_blocks)
+    matmul_f32(x, dequantize(blocks.reshape(m, n_blocks * size)), bias, out)
 
 
 def rope(positions: I64, cos: F32, sin: F32, x: F32) -> None:
@@ -111,23 +117,35 @@ def rope(positions: I64, cos: F32, sin: F32, x: F32) -> None:
     x[:, :, 1:turned:2] = odd * c + even * s
 
 
-def store(x: F32, slots: I64, positions: I64, cache: F32) -> None:
-    """Keeps each row's keys (or values).
+def store_keys(x: F32, slots: I64, positions: I64, kind: int, cache: U8) -> None:
+    """Keeps each row's keys.
 
     Args:
         x: [rows, kv_heads, head_dim] float32.
         slots: [rows] int64, the sequence of each row.
         positions: [rows] int64.
-        cache: [slots, kv_heads, seq_len, head_dim] float32.
+        kind: float type of the cache: see `cache`.
+        cache: [slots, kv_heads, pages, page bytes] uint8: see `cache`.
     """
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-        cache[slot, :, position] = x[row]
+        page, lane = divmod(position, PAGE)
+        for head, key in enumerate(x[row]):
+            write_position(cache[slot, head, page], lane, key, kind, lanes_last=True)
+
+
+def store_values(x: F32, slots: I64, positions: I64, kind: int, cache: U8) -> None:
+    """Keeps each row's values: arguments as for `store_keys`."""
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        page, lane = divmod(position, PAGE)
+        for head, value in enumerate(x[row]):
+            write_position(cache[slot, head, page], lane, value, kind, lanes_last=False)
 
 
 def attention(
     query: F32,
-    keys: F32,
-    values: F32,
+    keys: U8,
+    values: U8,
+    kind: int,
     slots: I64,
     positions: I64,
     first: int,
@@ -138,8 +156,9 @@ def attention(
 
     Args:
         query: [rows, heads, head_dim] float32.
-        keys: [slots, kv_heads, seq_len, head_dim] float32.
+        keys: [slots, kv_heads, pages, page bytes] uint8: see `cache`.
         values: likewise.
+        kind: float type of the cache; keys of Q80 meet queries that are rounded to Q80.
         slots: [rows] int64.
         positions: [rows] int64.
         first: head h reads key head (first + h) // group.
@@ -148,13 +167,16 @@ def attention(
 
     Source: Vaswani et al., 2017; shared key heads: Ainslie et al., 2023.
     """
-    scale = np.float32(1 / np.sqrt(query.shape[2]))
+    n = query.shape[2]
+    if kind == KEPT_Q80:
+        query = dequantize_q80(quantize_q80(query))
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         for head in range(query.shape[1]):
             kv_head = (first + head) // group
-            k = keys[slot, kv_head, : position + 1]  # [context, head_dim]
-            v = values[slot, kv_head, : position + 1]
-            scores = k @ query[row, head] * scale
+            # [context, head_dim]
+            k = read_positions(keys[slot, kv_head], n, kind, lanes_last=True)[: position + 1]
+            v = read_positions(values[slot, kv_head], n, kind, lanes_last=False)[: position + 1]
+            scores = k @ query[row, head] * np.float32(1 / np.sqrt(n))
             weights = np.exp(scores - scores.max())
             out[row, head] = weights @ v / weights.sum()
 

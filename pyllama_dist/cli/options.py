@@ -85,6 +85,11 @@ def cluster_options(command: _F) -> _F:
                 help="How partial sums travel between nodes.",
             ),
             option(
+                "--kv-cache-type",
+                type=click.Choice(["f32", "f16", "q80"]),
+                help="How keys and values are kept. [default: f16; f32 where the weights are]",
+            ),
+            option(
                 "--max-seq-len",
                 type=click.IntRange(min=1),
                 help="Positions of the context. [default: the model's, at most 8192]",
@@ -107,6 +112,7 @@ def make_cluster(
     local_workers: int,
     nthreads: int | None,
     buffer_float_type: str,
+    kv_cache_type: str | None,
     max_seq_len: int | None,
     timeout: float,
 ) -> Cluster:
@@ -126,6 +132,7 @@ def make_cluster(
         local_workers=local_workers,
         n_threads=nthreads,
         sync=FloatType[buffer_float_type.upper()],
+        cache=FloatType[kv_cache_type.upper()] if kv_cache_type else None,
         max_seq_len=max_seq_len,
         timeout=timeout,
         notice=lambda text: click.echo(text, err=True),

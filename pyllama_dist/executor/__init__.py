@@ -1,6 +1,5 @@
 """Runs a node's program on its memory. Two ways: `compiled`, and `reference` to step through."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Protocol, Self
 from pyllama_dist.errors import UsageError
 from pyllama_dist.executor.memory import Memory
 from pyllama_dist.program import Batch, Program
+from pyllama_kernels.cpu import REFERENCE, KernelsError, choose
 
 
 class Executor(Protocol):
@@ -43,12 +43,12 @@ class Executor(Protocol):
 
 
 def make_executor(program: Program, n_threads: int) -> Executor:
-    """The executor that `PYLLAMA_KERNELS` asks for: compiled, or `reference`.
+    """The executor for the kernels that `kernels()` names.
 
     Raises:
-        UsageError: `PYLLAMA_KERNELS` is something else.
+        UsageError: `PYLLAMA_KERNELS` asks for kernels that are unknown or cannot run here.
     """
-    if kernels() == "reference":
+    if kernels() == REFERENCE:
         from pyllama_dist.executor.reference import ReferenceExecutor
 
         return ReferenceExecutor(program)
@@ -58,11 +58,15 @@ def make_executor(program: Program, n_threads: int) -> Executor:
 
 
 def kernels() -> str:
-    """The kernels that are asked for: "portable" or "reference"."""
-    asked = os.environ.get("PYLLAMA_KERNELS", "portable")
-    if asked not in ("portable", "reference"):
-        raise UsageError(f"PYLLAMA_KERNELS is {asked!r}; it can be 'portable' or 'reference'")
-    return asked
+    """The name of the kernels that run: what `PYLLAMA_KERNELS` asks for, or what suits the CPU.
+
+    Raises:
+        UsageError: they are unknown, or cannot run on this CPU.
+    """
+    try:
+        return choose().name
+    except KernelsError as error:
+        raise UsageError(str(error)) from None
 
 
 def prepare(notice: Callable[[str], None]) -> None:
@@ -73,14 +77,14 @@ def prepare(notice: Callable[[str], None]) -> None:
     Args:
         notice: told what is going on, if it takes time.
     """
-    if kernels() == "reference":
+    if kernels() == REFERENCE:
         return
     from pyllama_dist.executor.compiled import warm_up
     from pyllama_kernels.jit import CACHE
 
     done = None if CACHE is None else CACHE / "complete"
     if done is not None and not done.exists():
-        notice("compiling kernels for this CPU, once; this takes some ten seconds")
+        notice(f"compiling {kernels()} kernels, once for this CPU; this takes some twenty seconds")
         command = [sys.executable, "-c", f"from {warm_up.__module__} import warm_up; warm_up()"]
         # If it fails, so does the call below, which can say why.
         if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0:

@@ -1,6 +1,7 @@
 """The fast executor: a program becomes a table of ops, which compiled threads work through."""
 
 import threading
+from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.config import FloatType
-from pyllama_dist.executor.memory import Memory, Q80Buffer
+from pyllama_dist.executor.memory import Memory, ops_of, parts_bytes, zeros
 from pyllama_dist.program import (
     Add,
     Attention,
@@ -27,6 +28,7 @@ from pyllama_dist.program import (
     own_slot,
 )
 from pyllama_kernels import oploop, team
+from pyllama_kernels.attention import scratch_bytes
 from pyllama_kernels.oploop import OP, Code
 
 _JOIN_SECONDS = 5.0
@@ -50,10 +52,14 @@ class CompiledExecutor:
         self._n_threads = n_threads
         self._table, self._starts = _table(program, self.memory)
         self._state = team.new_state()
-        self._step = np.zeros(5, np.int64)
+        self._attention = _AttentionMemory(program, n_threads)
+        self._step = np.zeros(oploop.STEP_WORDS, np.int64)
         self._step[oploop.SLOTS] = _address(self.memory.slots)
         self._step[oploop.POSITIONS] = _address(self.memory.positions)
         self._step[oploop.LOGITS] = _address(self.memory.logits)
+        self._step[oploop.PARTS] = _address(self._attention.parts)
+        self._step[oploop.SCRATCH] = _address(self._attention.scratch)
+        self._step[oploop.SCRATCH_BYTES] = self._attention.scratch.shape[1]
         self._command = 0  # of the team, when the step began
         self._stepping = False
         # Not semaphores: those are Python code, which ^C can leave locked.
@@ -123,7 +129,7 @@ class CompiledExecutor:
 
 def warm_up() -> None:
     """Compiles the op loop, or loads it from the cache."""
-    table, step, state = np.zeros(1, OP), np.zeros(5, np.int64), team.new_state()
+    table, step, state = np.zeros(1, OP), np.zeros(oploop.STEP_WORDS, np.int64), team.new_state()
     oploop.lead(table, 0, 0, step, state, 1)
     oploop.dismiss(state)
     oploop.follow(table, step, state, 0, 1, 1)
@@ -139,14 +145,63 @@ def _table(program: Program, memory: Memory) -> tuple[npt.NDArray[Any], list[int
     rows: list[dict[str, float]] = []
     starts = [0]
     for segment in program.segments:
+        since = _Touched()  # by the ops after the last barrier
         for op in segment.ops:
+            touched = _touched(op)
+            if touched.conflicts(since):
+                rows[-1]["barrier"] = True
+                since = _Touched()
             rows += lowering.rows(op)
+            since |= touched
+        if segment.ops:
+            rows[-1]["barrier"] = True
         starts.append(len(rows))
     table = np.zeros(len(rows), OP)
     for row, fields in zip(table, rows, strict=True):
         for field, value in fields.items():
             row[field] = value
     return table, starts
+
+
+@dataclass(frozen=True)
+class _Touched:
+    """What ops read and write, by name."""
+
+    reads: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
+
+    def __or__(self, other: "_Touched") -> "_Touched":
+        return _Touched(self.reads | other.reads, self.writes | other.writes)
+
+    def conflicts(self, earlier: "_Touched") -> bool:
+        """Whether this must wait until all threads are done with what came earlier."""
+        return bool(self.reads & earlier.writes or self.writes & (earlier.reads | earlier.writes))
+
+
+def _touched(op: Op) -> _Touched:
+    match op:
+        case StoreKv():
+            reads, writes = {op.keys, op.values}, {op.key_cache, op.value_cache}
+        case Attention():
+            reads, writes = {op.query, op.key_cache, op.value_cache}, {op.target}
+        case SiluMul():
+            reads, writes = {op.gate, op.up}, {op.target}
+        case Rope():
+            reads, writes = {op.target}, {op.target}
+        case RmsNorm() | Quantize() | Matmul() | Merge() | Add() | Gather():
+            reads, writes = {op.source}, {op.target}
+    return _Touched(frozenset(reads), frozenset(writes))
+
+
+class _AttentionMemory:
+    """What attention needs beside a program's memory."""
+
+    def __init__(self, program: Program, n_threads: int) -> None:
+        ops = ops_of(program, Attention)
+        parts = max((parts_bytes(program, op) for op in ops), default=0)
+        scratch = max((scratch_bytes(cache.head_dim) for cache in program.caches), default=0)
+        self.parts = zeros((parts,), np.uint8)
+        self.scratch = zeros((n_threads, -(-scratch // 64) * 64), np.uint8)
 
 
 class _Lowering:
@@ -157,6 +212,7 @@ class _Lowering:
         self.kinds = {pipe.name: pipe.rows for pipe in program.pipes}
         self.kinds |= {buffer.name: buffer.rows for buffer in program.buffers}
         self.widths = {buffer.name: buffer.width for buffer in program.buffers}
+        self.caches = {cache.name: cache for cache in program.caches}
         self.weights = iter(memory.weights)
 
     def rows(self, op: Op) -> list[dict[str, float]]:
@@ -168,17 +224,13 @@ class _Lowering:
                 row |= {"a": self.at(op.source), "epsilon": op.epsilon}
                 return [row | {"w": _address(next(self.weights))}]
             case Quantize():
+                code = Code.PACK_Q80 if op.target in m.pipes else Code.QUANTIZE
                 fields = {"a": self.at(op.source), "n": self.width(op.source)}
-                if op.target in m.pipes:
-                    return [self.row(Code.PACK_Q80, op.target, **fields)]
-                scales = self.scales(op.target)
-                return [self.row(Code.QUANTIZE, op.target, out2=scales, **fields)]
+                return [self.row(code, op.target, **fields)]
             case Matmul():
                 row = self.row(_MATMUL[op.weight.float_type], op.target)
                 row |= {"a": self.at(op.source), "w": _address(next(self.weights))}
                 row |= {"n": op.weight.shape[1], "m": op.weight.shape[0]}
-                if op.weight.float_type is not FloatType.F32:
-                    row["b"] = self.scales(op.source)
                 if op.bias is not None:
                     row["c"] = _address(next(self.weights))
                 return [row]
@@ -190,21 +242,22 @@ class _Lowering:
                 return [row | {"c": _address(cos), "b": _address(sin)}]
             case StoreKv():
                 return [
-                    self.row(Code.STORE, source, a=self.at(source))
+                    self.row(code, source, a=self.at(source))
                     | self.cache(cache)
-                    | {"heads": m.caches[cache].shape[1], "out": _address(m.caches[cache])}
-                    for source, cache in (
-                        (op.keys, op.key_cache),
-                        (op.values, op.value_cache),
+                    | {"heads": self.caches[cache].kv_heads, "out": _address(m.caches[cache])}
+                    for code, source, cache in (
+                        (Code.STORE_KEYS, op.keys, op.key_cache),
+                        (Code.STORE_VALUES, op.values, op.value_cache),
                     )
                 ]
             case Attention():
-                row = self.row(Code.ATTENTION, op.target, a=self.at(op.query))
+                row = self.row(Code.ATTEND, op.target, a=self.at(op.query))
                 row |= self.cache(op.key_cache)
-                row |= {"heads": self.width(op.query) // m.caches[op.key_cache].shape[3]}
+                row |= {"heads": self.width(op.query) // self.caches[op.key_cache].head_dim}
                 row |= {"c": _address(m.caches[op.key_cache])}
                 row |= {"b": _address(m.caches[op.value_cache])}
-                return [row | {"first": op.first, "group": op.group}]
+                row |= {"first": op.first, "group": op.group, "barrier": True}
+                return [row, row | {"code": Code.JOIN}]
             case SiluMul():
                 fields = {"a": self.at(op.gate), "b": self.at(op.up), "n": self.width(op.gate)}
                 return [self.row(Code.SILU_MUL, op.target, **fields)]
@@ -232,20 +285,14 @@ class _Lowering:
         if name in self.memory.pipes:
             pipe = self.memory.pipes[name]
             return _address(pipe.payload(own_slot(self.program, pipe.spec), 1))
-        buffer = self.memory.buffers[name]
-        return _address(buffer.values if isinstance(buffer, Q80Buffer) else buffer)
-
-    def scales(self, name: str) -> int:
-        """Address of a Q80 buffer's scales."""
-        buffer = self.memory.buffers[name]
-        if not isinstance(buffer, Q80Buffer):
-            raise TypeError(f"{name} is not Q80")
-        return _address(buffer.scales)
+        return _address(self.memory.buffers[name])
 
     def cache(self, name: str) -> dict[str, float]:
         """The sizes of a cache."""
-        n_slots, kv_heads, seq_len, head_dim = self.memory.caches[name].shape
-        return {"n_slots": n_slots, "kv_heads": kv_heads, "seq_len": seq_len, "n": head_dim}
+        spec = self.caches[name]
+        n_slots, kv_heads, pages, page_bytes = self.memory.caches[name].shape
+        sizes = {"n_slots": n_slots, "pages": pages, "page_bytes": page_bytes}
+        return sizes | {"kind": spec.float_type, "kv_heads": kv_heads, "n": spec.head_dim}
 
     def width(self, name: str) -> int:
         """Values in a row of a buffer, or of this node's slot of a pipe."""

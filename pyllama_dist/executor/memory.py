@@ -1,5 +1,8 @@
 """The memory of one node: pipes, buffers, caches and weights, all allocated once."""
 
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -7,14 +10,36 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.config import FloatType
-from pyllama_dist.program import Batch, Buffer, Cache, Pipe, Program, Rope, slots_used, weights
+from pyllama_dist.program import (
+    Attention,
+    Batch,
+    Buffer,
+    Cache,
+    Op,
+    Pipe,
+    Program,
+    Rope,
+    Weight,
+    slots_used,
+    weights,
+)
+from pyllama_kernels.blocks import BLOCK
+from pyllama_kernels.layout import (
+    GROUP,
+    GROUP_BYTES,
+    activation_bytes,
+    pack_weights_in_place,
+    packed_rows,
+)
+from pyllama_kernels.pages import CHUNK, FEW, PAGE, page_bytes
 
 F32 = npt.NDArray[np.float32]
-I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
+_HUGE = 2 << 20  # bytes of a huge page
 _POSITIONS = 4096  # whose angles are worked out at once
 _T = TypeVar("_T", bound=np.generic)
+_Op = TypeVar("_Op", bound=Op)
 
 # Before each slot of a pipe, so that a frame's head and its data can be sent as they lie.
 HEADROOM = 64
@@ -30,28 +55,51 @@ def pipe_bytes(program: Program, pipe: Pipe) -> int:
 
 def planned_bytes(program: Program) -> int:
     """Bytes that a node needs for a program, as far as they grow with the model."""
-    caches = sum(4 * c.kv_heads * c.head_dim for c in program.caches)
-    buffers = sum(program.rows_of(b.rows) * b.width * 4 for b in program.buffers)
+    caches = sum(c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
+    positions = -(-program.seq_len // PAGE) * PAGE  # caches are whole pages
+    buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
     tables = sum(4 * rotary_dim for rotary_dim, _ in _rope_kinds(program))
     facts = 8 * (2 * program.max_rows + program.max_logits)
-    held = sum(weight.nbytes for weight in weights(program))
-    kept = (caches * program.n_slots + tables) * program.seq_len
-    return held + kept + buffers + pipes + facts
+    held = sum(_room(weight) for weight in weights(program))
+    kept = caches * program.n_slots * positions + tables * program.seq_len
+    parts = max((parts_bytes(program, op) for op in ops_of(program, Attention)), default=0)
+    return held + kept + buffers + pipes + facts + parts
 
 
 def _rope_kinds(program: Program) -> set[tuple[int, float]]:
     """The rotary_dim and theta of each table that a program needs."""
-    ops = (op for segment in program.segments for op in segment.ops)
-    return {(op.rotary_dim, op.theta) for op in ops if isinstance(op, Rope)}
+    return {(op.rotary_dim, op.theta) for op in ops_of(program, Rope)}
 
 
-@dataclass(frozen=True)
-class Q80Buffer:
-    """A Q80 buffer as matrices read it: values and scales apart."""
+def parts_bytes(program: Program, op: Attention) -> int:
+    """Bytes of what an attention op finds in each chunk of positions, for a small batch."""
+    head_dim = next(c.head_dim for c in program.caches if c.name == op.key_cache)
+    width = next(b.width for b in program.buffers if b.name == op.query)
+    chunks = -(-program.seq_len // CHUNK)
+    return 4 * FEW * width // head_dim * chunks * (head_dim + 2)
 
-    values: I8  # [max_rows, width]
-    scales: F32  # [max_rows, width / 32]
+
+def ops_of(program: Program, kind: type[_Op]) -> Iterator[_Op]:
+    """All ops of a kind, in order."""
+    for segment in program.segments:
+        yield from (op for op in segment.ops if isinstance(op, kind))
+
+
+def _buffer_bytes(program: Program, buffer: Buffer) -> int:
+    rows = program.rows_of(buffer.rows)
+    if buffer.float_type is FloatType.F32:
+        return 4 * rows * buffer.width
+    # A small batch has small tiles, but never takes more than the largest one.
+    return activation_bytes(max(rows, 4), buffer.width)
+
+
+def _room(weight: Weight) -> int:
+    """Bytes that a weight takes: matrices of Q40 are kept in groups of 16 rows."""
+    rows, cols = weight.shape
+    if weight.float_type is FloatType.Q40:
+        return packed_rows(rows) * weight.float_type.row_bytes(cols)
+    return weight.nbytes
 
 
 @dataclass(frozen=True)
@@ -82,12 +130,31 @@ class PipeMemory:
         return self.payload(slot, rows).view(np.float32)
 
 
-def _zeros(shape: tuple[int, ...], dtype: type[_T]) -> npt.NDArray[_T]:
+def zeros(shape: tuple[int, ...], dtype: type[_T]) -> npt.NDArray[_T]:
     """Zeros that start at a cache line; pages that are never touched are never taken."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return _arenas([size])[0].view(dtype).reshape(shape)
+
+
+def _arenas(sizes: Sequence[int]) -> list[U8]:
+    """Zeroed memory of these sizes, one after the other, each from a cache line on.
+
+    In one piece, and in huge pages where the system gives them: in pages of 4 KiB, looking up
+    addresses made matrices of 2 MB 15 % slower to read.
+    """
+    starts = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)])
+    total = int(starts[-1])
+    if total < _HUGE:
+        raw = np.zeros(total + 64, np.uint8)
+        raw = raw[-raw.ctypes.data % 64 :]
+    else:
+        memory = mmap.mmap(-1, total + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(memory, np.uint8)
+        raw = raw[-raw.ctypes.data % _HUGE :]
+    return [raw[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def rope_tables(seq_len: int, rotary_dim: int, theta: float) -> tuple[F32, F32]:
@@ -117,7 +184,12 @@ class Memory:
         self.pipes = {pipe.name: self._pipe(pipe) for pipe in program.pipes}
         self.buffers = {buffer.name: self._buffer(buffer) for buffer in program.buffers}
         self.caches = {cache.name: self._cache(cache) for cache in program.caches}
-        self.weights: list[U8] = [_zeros((weight.nbytes,), np.uint8) for weight in weights(program)]
+        self._specs = list(weights(program))
+        self._rooms = _arenas([_room(weight) for weight in self._specs])
+        # As they arrive, in the order of a file; `settle` turns them into what kernels read.
+        self.weights: list[U8] = [
+            room[: weight.nbytes] for room, weight in zip(self._rooms, self._specs, strict=True)
+        ]
         self.rope: dict[tuple[int, float], tuple[F32, F32]] = {
             kind: rope_tables(program.seq_len, *kind) for kind in _rope_kinds(program)
         }
@@ -128,21 +200,38 @@ class Memory:
 
     def _pipe(self, pipe: Pipe) -> PipeMemory:
         held = slots_used(self.program, pipe)
-        memory = _zeros((len(held), pipe_bytes(self.program, pipe)), np.uint8)
+        memory = zeros((len(held), pipe_bytes(self.program, pipe)), np.uint8)
         return PipeMemory(pipe, memory, held)
 
-    def _buffer(self, buffer: Buffer) -> F32 | Q80Buffer:
-        rows = self.program.rows_of(buffer.rows)
+    def _buffer(self, buffer: Buffer) -> F32 | U8:
         if buffer.float_type is FloatType.F32:
-            return _zeros((rows, buffer.width), np.float32)
-        return Q80Buffer(
-            _zeros((rows, buffer.width), np.int8),
-            _zeros((rows, buffer.width // 32), np.float32),
-        )
+            return zeros((self.program.rows_of(buffer.rows), buffer.width), np.float32)
+        return zeros((_buffer_bytes(self.program, buffer),), np.uint8)
 
-    def _cache(self, cache: Cache) -> F32:
+    def _cache(self, cache: Cache) -> U8:
         p = self.program
-        return _zeros((p.n_slots, cache.kv_heads, p.seq_len, cache.head_dim), np.float32)
+        pages, size = -(-p.seq_len // PAGE), page_bytes(cache.float_type.value, cache.head_dim)
+        return zeros((p.n_slots, cache.kv_heads, pages, size), np.uint8)
+
+    def settle(self, index: int) -> None:
+        """A weight is complete: brings it into the order in which the kernels read it."""
+        weight, room = self._specs[index], self._rooms[index]
+        if weight.float_type is FloatType.Q40 and room.size:
+            n_blocks = weight.shape[1] // BLOCK
+            spare = np.empty(n_blocks * GROUP_BYTES // 2, np.uint16)
+            pack_weights_in_place(room.view(np.uint16), n_blocks, spare)
+
+    def matrix(self, index: int) -> U8:
+        """A settled weight as kernels read it.
+
+        Returns:
+            Q40: [groups, n / 32, 288] uint8; otherwise [rows, bytes] uint8.
+        """
+        weight, room = self._specs[index], self._rooms[index]
+        rows, cols = weight.shape
+        if weight.float_type is FloatType.Q40:
+            return room.reshape(packed_rows(rows) // GROUP, cols // BLOCK, GROUP_BYTES)
+        return room.reshape(rows, weight.float_type.row_bytes(cols))
 
     def set_batch(self, batch: Batch) -> None:
         """The rows that the next segments work on."""

@@ -4,10 +4,9 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from pyllama_dist.config import FloatType
-from pyllama_dist.executor.memory import F32, U8, Memory, Q80Buffer
+from pyllama_dist.executor.memory import F32, U8, Memory
 from pyllama_dist.program import (
     Add,
     Attention,
@@ -36,7 +35,8 @@ class ReferenceExecutor:
         self.program = program
         self.memory = Memory(program)
         # Ops hold equal weights only if they are the same part of the same tensor.
-        self._held = dict(zip(weights(program), self.memory.weights, strict=True))
+        self._held = {weight: index for index, weight in enumerate(weights(program))}
+        self._caches = {cache.name: cache for cache in program.caches}
         self._rows = {pipe.name: pipe.rows for pipe in program.pipes}
         self._rows |= {buffer.name: buffer.rows for buffer in program.buffers}
 
@@ -80,23 +80,32 @@ class ReferenceExecutor:
                     packed = self._own_payload(op.target).reshape(-1, 34)
                     kernels.pack_q80(x.reshape(-1, 32), packed)
                 else:
-                    values, scales = self._q80(op.target)
-                    kernels.quantize(x.reshape(-1, 32), values.reshape(-1, 32), scales.reshape(-1))
+                    kernels.quantize(x, self._q80(op.target))
             case Matmul():
                 self._matmul(op)
             case Rope():
                 cos, sin = m.rope[op.rotary_dim, op.theta]
                 kernels.rope(positions, cos, sin, self._heads(op.target, op.head_dim))
             case StoreKv():
-                for source, name in ((op.keys, op.key_cache), (op.values, op.value_cache)):
-                    cache = m.caches[name]
-                    kernels.store(self._heads(source, cache.shape[3]), slots, positions, cache)
+                for source, name, store in (
+                    (op.keys, op.key_cache, kernels.store_keys),
+                    (op.values, op.value_cache, kernels.store_values),
+                ):
+                    spec = self._caches[name]
+                    x = self._heads(source, spec.head_dim)
+                    store(x, slots, positions, spec.float_type, m.caches[name])
             case Attention():
-                keys, values_ = m.caches[op.key_cache], m.caches[op.value_cache]
-                query = self._heads(op.query, keys.shape[3])
-                target = self._heads(op.target, keys.shape[3])
+                spec = self._caches[op.key_cache]
                 kernels.attention(
-                    query, keys, values_, slots, positions, op.first, op.group, target
+                    self._heads(op.query, spec.head_dim),
+                    m.caches[op.key_cache],
+                    m.caches[op.value_cache],
+                    spec.float_type,
+                    slots,
+                    positions,
+                    op.first,
+                    op.group,
+                    self._heads(op.target, spec.head_dim),
                 )
             case SiluMul():
                 kernels.silu_mul(self._f32(op.gate), self._f32(op.up), self._f32(op.target))
@@ -118,12 +127,11 @@ class ReferenceExecutor:
         if op.weight.float_type is FloatType.F32:
             kernels.matmul_f32(self._f32(op.source), weight.view(np.float32), bias, out)
             return
-        values, scales = self._q80(op.source)
-        blocks = weight.reshape(len(weight), scales.shape[1], op.weight.float_type.block_bytes)
         if op.weight.float_type is FloatType.Q40:
-            kernels.matmul_q40(values, scales, blocks, bias, out)
+            kernels.matmul_q40(self._q80(op.source), len(out), weight, bias, out)
         else:
-            kernels.matmul_q80(values, scales, blocks, bias, out)
+            blocks = weight.reshape(len(weight), -1, op.weight.float_type.block_bytes)
+            kernels.matmul_q80(self._q80(op.source), len(out), blocks, bias, out)
 
     def _merge(self, op: Merge) -> None:
         pipe = self.memory.pipes[op.source]
@@ -145,22 +153,15 @@ class ReferenceExecutor:
         """A float32 buffer, or this node's slot of a pipe: [rows, width], not a copy."""
         if name in self.memory.pipes:
             return self._own_payload(name).view(np.float32)
-        buffer = self.memory.buffers[name]
-        if isinstance(buffer, Q80Buffer):
-            raise TypeError(f"{name} is Q80")
-        return buffer[: self._count(name)]
+        return self.memory.buffers[name].view(np.float32)[: self._count(name)]
 
-    def _q80(self, name: str) -> tuple[npt.NDArray[np.int8], F32]:
-        buffer = self.memory.buffers[name]
-        if not isinstance(buffer, Q80Buffer):
-            raise TypeError(f"{name} is not Q80")
-        rows = self._count(name)
-        return buffer.values[:rows], buffer.scales[:rows]
+    def _q80(self, name: str) -> U8:
+        """The tiles of a Q80 buffer, uint8."""
+        return self.memory.buffers[name].view(np.uint8)
 
     def _heads(self, name: str, head_dim: int) -> F32:
         x = self._f32(name)
         return x.reshape(len(x), -1, head_dim)
 
     def _weight(self, weight: Weight) -> U8:
-        rows, cols = weight.shape
-        return self._held[weight].reshape(rows, weight.float_type.row_bytes(cols))
+        return self.memory.matrix(self._held[weight])

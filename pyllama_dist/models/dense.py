@@ -206,7 +206,7 @@ class Dense:
     def _caches(self) -> tuple[Cache, ...]:
         kv_heads = self.share.kv_heads[1] - self.share.kv_heads[0]
         return tuple(
-            Cache(f"{kind}.{layer}", kv_heads, self.c.head_dim)
+            Cache(f"{kind}.{layer}", self.plan.cache, kv_heads, self.c.head_dim)
             for layer in range(self.c.n_layers)
             for kind in "kv"
         )

@@ -12,6 +12,7 @@ class Plan:
 
     shares: tuple[Share, ...]  # one for each node
     sync: FloatType  # F32 or Q80: how partial sums travel
+    cache: FloatType  # F32, F16 or Q80: how keys and values are kept
     max_rows: int
     max_logits: int
     n_slots: int

@@ -1,0 +1,414 @@
+"""Attention over the pages of a cache, for any number of threads.
+
+The queries that read the same key head are taken together: some rows of the batch, and all heads
+that share the key head. Two pages are unpacked at a time, and serve all these queries: their scores
+are one small product, the weighted sum of the values another, and the softmax is kept running.
+
+A few rows (a decode step) would be too few parts for many threads. There the positions are cut into
+chunks as well, and `join` puts their results together. Chunks have a fixed size, so that the result
+does not depend on the number of threads.
+
+Sources: Milakov and Gimelshein, Online normalizer calculation, 2018; Dao et al., FlashAttention,
+2022; for the chunks, Dao et al., Flash-Decoding, 2023.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, float32, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pyllama_kernels import cpu
+from pyllama_kernels.cache import unpack_numbers, unpack_values
+from pyllama_kernels.exponential import exp, exp_of_differences
+from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
+from pyllama_kernels.jit import kernel
+from pyllama_kernels.layout import ROW_BYTES
+from pyllama_kernels.lowlevel import address_of, float32_pointer, int32_pointer
+from pyllama_kernels.matrix import Q80_KEYS, make_tile
+from pyllama_kernels.pages import CHUNK, FEW, KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
+from pyllama_kernels.rounding import round_block
+from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
+
+_QUERIES = 64  # that are taken together at most
+_AHEAD = 8192  # bytes from what is read of a cache to what is asked for
+_TILE = 4  # queries that are multiplied with keys of Q80 together
+_QUERY_BYTES = 4  # of a number of a query: as float32, or rounded
+_AT_ONCE = 8  # queries whose sums fit into registers
+_SCORES = 4096  # that are worked on at a time: these stay in the first-level cache
+
+_score_tile = make_tile(cpu.load(cpu.choose().name).ISA, Q80_KEYS, _TILE)
+
+
+def scratch_bytes(head_dim: int) -> int:
+    """Memory that each thread needs beside the arrays."""
+    queries = _QUERIES * ((_QUERY_BYTES + 4) * head_dim + 8)
+    return queries + 4 * (PAGE * head_dim + _SCORES)
+
+
+@kernel
+def count_chunks(positions: Any) -> int:
+    """Into how many chunks the positions of a batch are cut."""
+    return positions.max() // CHUNK + 1 if positions.size <= FEW else 1
+
+
+@kernel
+def attend(
+    query: Any,
+    keys: Any,
+    values: Any,
+    kind: int,
+    slots: Any,
+    positions: Any,
+    first: int,
+    group: int,
+    parts: Any,
+    out: Any,
+    scratch: int,
+    thread: int,
+    n_threads: int,
+) -> None:
+    """One thread's part of `reference.attention`; `join` follows when all are done.
+
+    Args:
+        query: this and the next seven: see `reference.attention`.
+        keys: pages.
+        values: pages.
+        kind: of the pages.
+        slots: of the rows.
+        positions: of the rows.
+        first: place of the first head in its group.
+        group: query heads that share a key head.
+        parts: [rows, heads, chunks, head_dim + 2] float32, written if there are several chunks:
+            weighted sum of the values, sum of the weights, largest score.
+        out: [rows, heads, head_dim] float32, written if there is one chunk.
+        scratch: address of `scratch_bytes` of this thread's own.
+        thread: this thread.
+        n_threads: all threads.
+    """
+    rows, heads, _ = query.shape
+    chunks = count_chunks(positions)
+    first_key, last_key = first // group, (first + heads - 1) // group
+    at_once = min(group, _QUERIES)  # heads that are taken together
+    height = max(1, _QUERIES // at_once)  # rows
+    unit = 0
+    for kv_head in range(first_key, last_key + 1):
+        first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first
+        for head in range(first_head, min(heads, stop_head), at_once):
+            stop = min(heads, stop_head, head + at_once)
+            for row in range(0, rows, height):
+                for chunk in range(chunks):
+                    unit += 1
+                    if unit % n_threads != thread:
+                        continue
+                    begin = row
+                    while begin < min(rows, row + height):  # rows of one sequence after the other
+                        end = begin + 1
+                        while end < min(rows, row + height) and slots[end] == slots[begin]:
+                            end += 1
+                        last = positions[begin:end].max() + 1
+                        if chunks > 1:
+                            last = min(last, CHUNK * (chunk + 1))
+                        _attend(
+                            query,
+                            keys[slots[begin], kv_head],
+                            values[slots[begin], kv_head],
+                            kind,
+                            positions,
+                            (begin, end),
+                            (head, stop),
+                            (CHUNK * chunk, last),
+                            parts,
+                            out,
+                            scratch,
+                        )
+                        begin = end
+
+
+@kernel
+def _attend(
+    query: Any,
+    keys: Any,
+    values: Any,
+    kind: int,
+    positions: Any,
+    row_span: Any,
+    head_span: Any,
+    position_span: Any,
+    parts: Any,
+    out: Any,
+    scratch: int,
+) -> None:
+    """Some rows of one sequence, heads that share a key head, and positions of one chunk."""
+    n, chunks = query.shape[2], parts.shape[2]
+    (first_row, last_row), (first_head, last_head) = row_span, head_span
+    start, stop = position_span
+    heads = last_head - first_head
+    queries = (last_row - first_row) * heads
+    room = (queries + _TILE - 1) // _TILE * _TILE  # whole tiles of queries
+    q = carray(float32_pointer(scratch), (queries, n))
+    totals_at = scratch + _QUERY_BYTES * _QUERIES * n
+    totals = carray(float32_pointer(totals_at), (room, n))
+    page_at = totals_at + 4 * _QUERIES * n
+    page_floats = carray(float32_pointer(page_at), (PAGE * n,))
+    scores_at = page_at + 4 * PAGE * n
+    largest = carray(float32_pointer(scores_at + 4 * _SCORES), (queries,))
+    sums = carray(float32_pointer(scores_at + 4 * (_SCORES + _QUERIES)), (queries,))
+
+    scale = float32(1 / math.sqrt(n))
+    if kind == KEPT_Q80:
+        _round_queries(query, row_span, head_span, scale, scratch)
+    else:
+        for i in range(queries):
+            for j in range(n):
+                q[i, j] = query[first_row + i // heads, first_head + i % heads, j] * scale
+    totals[:] = 0
+    largest[:], sums[:] = float32(-np.inf), float32(0)
+
+    # Pages are multiplied as they are kept if that is as fast; many queries share what is unpacked.
+    few, whole = queries <= _AT_ONCE, n // PAGE * PAGE
+    as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == n)
+    size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
+    # Many positions of the keys, then as many of the values: each is read as a stream.
+    at_once = min(CHUNK, _SCORES // room // PAGE * PAGE)
+    row_bytes = 4 * at_once
+    scores = carray(float32_pointer(scores_at), (room, at_once))
+    for block in range(start, stop, at_once):
+        first = block // PAGE
+        pages = (min(at_once, stop - block) + PAGE - 1) // PAGE
+        scores[:] = 0
+        for page in range(pages):
+            b, c = address_of(keys[first + page]), scores_at + 4 * PAGE * page
+            if kind == KEPT_Q80:
+                for i in range(0, queries, _TILE):
+                    tile = scratch + i * (n // 32) * ROW_BYTES
+                    _score_tile(b, tile, n // 32, c + i * row_bytes, row_bytes)
+                continue
+            if not as_kept:
+                unpack_numbers(keys[first + page], kind, page_floats)
+                b = page_at
+            _multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
+        for i in range(queries):
+            limit = min(PAGE * pages, positions[first_row + i // heads] + 1 - block)
+            _soften(scores[i, : PAGE * pages], limit, totals[i], largest, sums, i)
+        for page in range(pages):
+            a, b = scores_at + 4 * PAGE * page, address_of(values[first + page])
+            if kind == KEPT_Q80 and few:
+                for i in range(0, queries, _TILE):
+                    _add_tile(b, n // 32, a + i * row_bytes, row_bytes, totals_at + 4 * i * n)
+                continue
+            if not as_kept:
+                unpack_values(values[first + page], kind, page_floats)
+                b = page_at
+            for j in range(0, whole, PAGE):
+                c = totals_at + 4 * j
+                _multiply(a, row_bytes, b, size, size * PAGE, PAGE, c, 4 * n, queries)
+                b += size * PAGE * PAGE
+            rest = carray(float32_pointer(b), (PAGE, n - whole))
+            for i in range(queries if whole < n else 0):
+                for lane in range(PAGE):
+                    for j in range(whole, n):
+                        totals[i, j] += scores[i, PAGE * page + lane] * rest[lane, j - whole]
+
+    for i in range(queries):
+        row, head = first_row + i // heads, first_head + i % heads
+        if chunks > 1:
+            chunk = start // CHUNK
+            for j in range(n):
+                parts[row, head, chunk, j] = totals[i, j]
+            parts[row, head, chunk, n], parts[row, head, chunk, n + 1] = sums[i], largest[i]
+        else:
+            for j in range(n):
+                out[row, head, j] = totals[i, j] / sums[i]
+
+
+@kernel
+def _round_queries(query: Any, row_span: Any, head_span: Any, scale: Any, tiles: int) -> None:
+    """Queries times a scale as tiles of `_TILE` rows of Q80: see `layout`. The rest is zero."""
+    (first_row, last_row), (first_head, last_head) = row_span, head_span
+    heads, n = last_head - first_head, query.shape[2]
+    queries = (last_row - first_row) * heads
+    blocks = n // 32
+    for i in range((queries + _TILE - 1) // _TILE * _TILE):
+        place = i % _TILE
+        for block in range(blocks):
+            cell = tiles + (i // _TILE * blocks + block) * _TILE * ROW_BYTES
+            half, total = float_to_half(float32(0)), 0
+            if i < queries:
+                values = query[first_row + i // heads, first_head + i % heads, 32 * block :]
+                half, total = round_block(values, cell + 32 * place)
+            scales = carray(float32_pointer(cell + 32 * _TILE), (_TILE,))
+            offsets = carray(int32_pointer(cell + 36 * _TILE), (_TILE,))
+            scales[place], offsets[place] = half_to_float(half) * scale, -8 * total
+
+
+@intrinsic
+def _add_tile(typingctx, page, blocks, weights, stride, totals):
+    """Adds a page of Q80 values, weighted, to [4, head_dim] float32.
+
+    Addresses and sizes: the page, its blocks of 32, [4, 16] float32 weights so many bytes from row
+    to row, the totals. The scale of each position goes to its weights.
+    """
+
+    def codegen(context, builder, signature, args):
+        asm = Asm(builder)
+        page, blocks, weights, stride, totals = (Value(asm, value) for value in args)
+        kind, bytes_ = ir.VectorType(F32, PAGE), ir.VectorType(I8, PAGE)
+        wide = ir.VectorType(I32, PAGE)
+        rows = [weights + stride * asm.constant(I64, i) for i in range(_TILE)]
+        room = cgutils.alloca_once(builder, ir.ArrayType(F32, _TILE * PAGE))
+        scaled = Value(asm, builder.ptrtoint(room, I64))
+        with asm.loop(blocks) as block:
+            part = page.plus(block, PAGE * 34)
+            scales = asm.load(ir.VectorType(I16, PAGE), part).halves_as_floats(IN_HARDWARE)
+            for i, row in enumerate(rows):
+                asm.store(asm.load(kind, row) * scales, scaled, 4 * PAGE * i)
+            for half in range(2):
+                places = [
+                    (totals + blocks * asm.constant(I64, 4 * 32 * i)).plus(block, 4 * 32)
+                    for i in range(_TILE)
+                ]
+                sums = [asm.load(kind, place, 4 * PAGE * half) for place in places]
+                for lane in range(PAGE):
+                    values = asm.load(bytes_, part, 2 * PAGE + 32 * lane + PAGE * half)
+                    floats = values.widened(wide, signed=True).as_floats()
+                    for i in range(_TILE):
+                        weight = asm.load(F32, scaled, 4 * (PAGE * i + lane))
+                        sums[i] = asm.fused(asm.splat(weight, PAGE), floats, sums[i])
+                for place, total in zip(places, sums, strict=True):
+                    asm.store(total, place, 4 * PAGE * half)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@kernel
+def _soften(scores: Any, limit: int, total: Any, largest: Any, sums: Any, i: int) -> None:
+    """Scores to weights, for the first `limit` positions; earlier sums shrink to the new scale."""
+    if limit <= 0:
+        scores[:] = 0
+        return
+    for j in range(limit, scores.size):
+        scores[j] = float32(-np.inf)
+    address, vectors = address_of(scores), scores.size // PAGE
+    top = max(largest[i], _largest_score(address, vectors))
+    if top > largest[i]:
+        shrink = exp(largest[i] - top)
+        sums[i] *= shrink
+        for j in range(total.size):
+            total[j] *= shrink
+        largest[i] = top
+    sums[i] += exp_of_differences(address, top, vectors)
+
+
+@kernel
+def join(parts: Any, first: int, last: int, out: Any) -> None:
+    """Puts the chunks of heads `first` to before `last` together; arrays as in `attend`."""
+    rows, _, chunks, width = parts.shape
+    n = width - 2
+    for row in range(rows):
+        for head in range(first, last):
+            largest, total = float32(-np.inf), float32(0)
+            for chunk in range(chunks):
+                largest = max(largest, parts[row, head, chunk, n + 1])
+            for j in range(n):
+                out[row, head, j] = 0
+            for chunk in range(chunks):
+                # A row may end before this chunk: nothing is there, and its largest is -inf.
+                weight = exp(parts[row, head, chunk, n + 1] - largest)
+                total += weight * parts[row, head, chunk, n]
+                for j in range(n):
+                    out[row, head, j] += weight * parts[row, head, chunk, j]
+            for j in range(n):
+                out[row, head, j] /= total
+
+
+@intrinsic
+def _largest_score(typingctx, address, vectors):
+    """The largest of 16 * vectors float32."""
+
+    def codegen(context, builder, signature, args):
+        asm = Asm(builder)
+        scores, count = (Value(asm, value) for value in args)
+        kind = ir.VectorType(F32, PAGE)
+        top = asm.variable(asm.load(kind, scores))
+        with asm.loop(count) as i:
+            top.set(top.get().larger(asm.load(kind, scores.plus(i, 4 * PAGE))))
+        return top.get().across("fmax").llvm
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@kernel
+def _multiply(
+    a: int,
+    a_stride: int,
+    b: int,
+    b_size: int,
+    b_stride: int,
+    count: int,
+    c: int,
+    c_stride: int,
+    queries: int,
+) -> None:
+    """c[query, :16] += sum over k of a[query, k] * b[k, :16].
+
+    Addresses, and strides in bytes; `b` holds float32, or float16 if its numbers have 2 bytes.
+    """
+    i = 0
+    while i < queries:
+        row, out, left = a + i * a_stride, c + i * c_stride, queries - i
+        if b_size == 2:
+            if left >= 8:
+                _halves_8(row, a_stride, b, b_stride, count, out, c_stride)
+            elif left >= 4:
+                _halves_4(row, a_stride, b, b_stride, count, out, c_stride)
+            else:
+                _halves_1(row, a_stride, b, b_stride, count, out, c_stride)
+        elif left >= 8:
+            _floats_8(row, a_stride, b, b_stride, count, out, c_stride)
+        elif left >= 4:
+            _floats_4(row, a_stride, b, b_stride, count, out, c_stride)
+        else:
+            _floats_1(row, a_stride, b, b_stride, count, out, c_stride)
+        i += 8 if left >= 8 else 4 if left >= 4 else 1
+
+
+def _multiply_rows(queries, halves):
+    """An intrinsic: `_multiply` for so many queries, with the sums in registers."""
+
+    @intrinsic
+    def multiply(typingctx, a, a_stride, b, b_stride, count, c, c_stride):
+        def codegen(context, builder, signature, args):
+            asm = Asm(builder)
+            a, a_stride, b, b_stride, count, c, c_stride = (Value(asm, value) for value in args)
+            kind, kept = ir.VectorType(F32, PAGE), ir.VectorType(I16, PAGE)
+            a_rows = [a + a_stride * asm.constant(I64, i) for i in range(queries)]
+            c_rows = [c + c_stride * asm.constant(I64, i) for i in range(queries)]
+            sums = [asm.variable(asm.load(kind, row)) for row in c_rows]
+            with asm.loop(count) as k:
+                place = b + b_stride * k
+                if halves:
+                    asm.prefetch(place, _AHEAD)
+                    vector = asm.load(kept, place).halves_as_floats(IN_HARDWARE)
+                else:
+                    vector = asm.load(kind, place)
+                for row, total in zip(a_rows, sums, strict=True):
+                    value = asm.splat(asm.load(F32, row.plus(k, 4)), PAGE)
+                    total.set(asm.fused(value, vector, total.get()))
+            for row, total in zip(c_rows, sums, strict=True):
+                asm.store(total.get(), row)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return multiply
+
+
+_floats_8, _floats_4, _floats_1 = (_multiply_rows(queries, False) for queries in (8, 4, 1))
+_halves_8, _halves_4, _halves_1 = (_multiply_rows(queries, True) for queries in (8, 4, 1))

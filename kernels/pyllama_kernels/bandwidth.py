@@ -1,0 +1,89 @@
+"""How fast memory can be read: the limit of every kernel that meets each weight once.
+
+Loads are 512 bits wide in the code; a CPU with narrower vectors takes several for each. They end in
+a sum, so that none is left out by the compiler.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, misc"
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pyllama_kernels.jit import exact_kernel
+
+_LINE = 64  # bytes of a cache line, and of a load
+_SUMS = 8  # lines read in one turn of the loop, each into a sum of its own
+TURN = _LINE * _SUMS
+
+
+def read_bandwidth(n_threads: int, n_bytes: int = 1 << 30, passes: int = 5) -> list[float]:
+    """Reads a buffer from one end to the other, again and again.
+
+    Args:
+        n_threads: threads, each with its own part of the buffer.
+        n_bytes: size of the buffer; far more than the caches hold.
+        passes: how often; a pass before them, in which the kernel is compiled, does not count.
+
+    Returns:
+        Bytes per second of each pass.
+
+    Raises:
+        ValueError: the buffer is too small to be shared out.
+    """
+    part = n_bytes // n_threads // TURN * TURN
+    if part == 0:
+        raise ValueError(f"{n_bytes} bytes for {n_threads} threads: {TURN} each are the least")
+    buffer = np.empty(part * n_threads + _LINE, np.uint8)
+    buffer.fill(1)  # pages that were never written are all the same one
+    first = buffer.ctypes.data + -buffer.ctypes.data % _LINE
+    found = []
+    with ThreadPoolExecutor(n_threads, "read") as threads:
+        for _ in range(1 + passes):
+            started = time.perf_counter()
+            reads = [
+                threads.submit(sum_of, first + i * part, first + (i + 1) * part)
+                for i in range(n_threads)
+            ]
+            for read in reads:
+                read.result()
+            found.append(part * n_threads / (time.perf_counter() - started))
+    return found[1:]
+
+
+@intrinsic
+def _sum_lines(typingctx, start, end):
+    def codegen(context, builder, signature, args):
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        line = ir.VectorType(i32, 16)
+        zero = ir.Constant(line, None)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(_SUMS)]
+        with cgutils.for_range_slice(builder, *args, i64(TURN), i64) as (at, _):
+            for i, total in enumerate(sums):
+                address = builder.add(at, i64(i * _LINE))
+                pointer = builder.inttoptr(address, line.as_pointer())
+                read = builder.load(pointer, align=_LINE)
+                builder.store(builder.add(builder.load(total), read), total)
+        whole = zero
+        for total in sums:
+            whole = builder.add(whole, builder.load(total))
+        result = i32(0)
+        for lane in range(16):
+            result = builder.add(result, builder.extract_element(whole, i32(lane)))
+        return builder.zext(result, i64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@exact_kernel
+def sum_of(start: int, end: int) -> int:
+    """The sum of the 32-bit words from address `start` to `end`, modulo 2^32.
+
+    Both are multiples of 64, and `TURN` divides their distance.
+    """
+    return _sum_lines(start, end)

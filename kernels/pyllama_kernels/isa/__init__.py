@@ -1,0 +1,1 @@
+"""One file for each instruction set: how it multiplies bytes, and the kernel made of it."""

@@ -1,0 +1,157 @@
+"""The product with Q80 activations, written once; an instruction set says how to multiply bytes.
+
+A *tile* is the innermost loop: 16 rows of weights times 1, 4 or 16 rows of a batch, over all blocks
+of inputs. Its sums stay in registers. See `layout` for what lies where. A page of keys in Q80 is
+laid out as 16 rows of weights are: attention's scores come out of the same tile.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, float32, types
+from numba.extending import intrinsic
+
+from pyllama_kernels.cpu import host
+from pyllama_kernels.jit import exact_kernel
+from pyllama_kernels.layout import GROUP, GROUP_BYTES, ROW_BYTES, tile_rows
+from pyllama_kernels.lowlevel import address_of, float32_pointer, stack
+from pyllama_kernels.pages import PAGE
+from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
+
+# Bytes from a weight that is read to the one that is asked for. Measured: AMD's own prefetchers do
+# as well, and 2 KiB costs them 4 to 9 %; Intel's need the 2 KiB to reach what memory can give.
+_AHEAD = 1024 if "AMD" in host().cpu else 2048
+_NEAR = 1 << 19  # bytes: half of the second-level cache of what is common today
+_MOST = 16  # rows of the largest tile
+_SUMS_BYTES = 4 * _MOST * GROUP
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What sets one CPU apart from another for this product.
+
+    `dots(asm, quads, x, offset)` adds up one block. `quads` are eight vectors of bytes, each with
+    four inputs of `lanes` rows of weights; `x` is the address of the 32 int8 that they meet,
+    `offset` is -8 times the sum of those. The result is `lanes` int32.
+    """
+
+    name: str
+    features: tuple[str, ...]  # LLVM's names of what the CPU must have
+    lanes: int  # rows of weights in a vector
+    sums: int  # vectors of sums that fit into registers beside the rest
+    nibble_dots: "Dots"  # bytes 0 to 15, which stand for -8 to 7
+    byte_dots: "Dots"  # bytes -127 to 127
+    halves: bool = True  # float16 is converted in hardware
+
+
+Dots = Callable[[Asm, Sequence[Value], Value, Value], Value]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How 16 interleaved rows are kept: 16 float16 scales, then the quads of 32 inputs."""
+
+    nbytes: int  # of 16 rows in one block of inputs
+    # Vector number so-and-so of a block's quads: see `InstructionSet`.
+    quads: Callable[[InstructionSet, Asm, Value, int], list[Value]]
+    dots: Callable[[InstructionSet], Dots]
+
+
+def _nibbles(isa: InstructionSet, asm: Asm, block: Value, v: int) -> list[Value]:
+    bytes_, words = ir.VectorType(I8, 4 * isa.lanes), ir.VectorType(I16, 2 * isa.lanes)
+    mask, four = asm.constant(bytes_, 15), asm.constant(words, 4)
+    lines = [asm.load(bytes_, block, 2 * GROUP + 64 * i + 4 * isa.lanes * v) for i in range(4)]
+    low = [line & mask for line in lines]
+    high = [(line.bits_as(words) >> four).bits_as(bytes_) & mask for line in lines]
+    return low + high
+
+
+def _bytes(isa: InstructionSet, asm: Asm, block: Value, v: int) -> list[Value]:
+    kind = ir.VectorType(I8, 4 * isa.lanes)
+    return [asm.load(kind, block, 2 * GROUP + 64 * i + 4 * isa.lanes * v) for i in range(8)]
+
+
+Q40_WEIGHTS = Format(GROUP_BYTES, _nibbles, lambda isa: isa.nibble_dots)
+Q80_KEYS = Format(PAGE * 34, _bytes, lambda isa: isa.byte_dots)
+
+
+def make_matmul_q40(isa: InstructionSet) -> Any:
+    """The kernel for an instruction set. Arguments: see `reference.matmul_q40`."""
+    tile_1, tile_4, tile_16 = (make_tile(isa, Q40_WEIGHTS, rows) for rows in (1, 4, 16))
+
+    @exact_kernel  # the same sums, to the bit, with every instruction set
+    def matmul(activations: Any, rows: int, weight: Any, bias: Any, out: Any) -> None:
+        groups, blocks, _ = weight.shape
+        m = out.shape[1]
+        t = tile_rows(rows)
+        tile_bytes = t * blocks * ROW_BYTES
+        sums = stack(_SUMS_BYTES)
+        found = carray(float32_pointer(sums), (_MOST, GROUP))
+        # So many tiles stay in the second-level cache while all the weights pass by.
+        at_once = t * max(1, _NEAR // tile_bytes)
+        for first in range(0, rows, at_once):
+            for group in range(groups):
+                w = address_of(weight) + group * blocks * GROUP_BYTES
+                for row in range(first, min(rows, first + at_once), t):
+                    x = address_of(activations) + row // t * tile_bytes
+                    if t == 1:
+                        tile_1(w, x, blocks, sums, 4 * GROUP)
+                    elif t == 4:
+                        tile_4(w, x, blocks, sums, 4 * GROUP)
+                    else:
+                        tile_16(w, x, blocks, sums, 4 * GROUP)
+                    for i in range(min(t, rows - row)):
+                        for j in range(min(GROUP, m - GROUP * group)):
+                            start = bias[GROUP * group + j] if bias.size else float32(0)
+                            out[row + i, GROUP * group + j] = found[i, j] + start
+
+    return matmul
+
+
+def make_tile(isa: InstructionSet, kept: Format, rows: int) -> Any:
+    """An intrinsic: 16 interleaved rows times a tile of so many rows of activations.
+
+    Its arguments are addresses and sizes: the rows, the activations, the number of blocks of
+    inputs, and where the sums go, [rows, 16] float32 with so many bytes from row to row.
+    """
+
+    @intrinsic
+    def tile(typingctx, weights, activations, blocks, sums, stride):
+        def codegen(context, builder, signature, args):
+            asm = Asm(builder)
+            w, x, n_blocks, out, stride = (Value(asm, value) for value in args)
+            vectors = GROUP // isa.lanes
+            at_once = min(rows, max(1, isa.sums // vectors))
+            for first in range(0, rows, at_once):
+                chunk = range(first, first + at_once)
+                zero = asm.constant(ir.VectorType(F32, isa.lanes), 0.0)
+                totals = {(t, v): asm.variable(zero) for t in chunk for v in range(vectors)}
+                with asm.loop(n_blocks) as block:
+                    w_block = w.plus(block, kept.nbytes)
+                    x_block = x.plus(block, ROW_BYTES * rows)
+                    if first == 0:
+                        for line in range(0, kept.nbytes, 64):
+                            asm.prefetch(w_block, _AHEAD + line)
+                    for v in range(vectors):
+                        halves = asm.load(ir.VectorType(I16, isa.lanes), w_block, 2 * isa.lanes * v)
+                        scale = halves.halves_as_floats(isa.halves)
+                        quads = kept.quads(isa, asm, w_block, v)
+                        for t in chunk:
+                            x_scale = asm.load(F32, x_block, 32 * rows + 4 * t)
+                            offset = asm.splat(asm.load(I32, x_block, 36 * rows + 4 * t), isa.lanes)
+                            dots = kept.dots(isa)(asm, quads, x_block.plus(32 * t), offset)
+                            factor = scale * asm.splat(x_scale, isa.lanes)
+                            total = totals[t, v]
+                            total.set(asm.fused(dots.as_floats(), factor, total.get()))
+                for (t, v), total in totals.items():
+                    row = out + stride * asm.constant(I64, t)
+                    asm.store(total.get(), row, 4 * isa.lanes * v)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return tile

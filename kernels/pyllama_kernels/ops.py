@@ -1,0 +1,153 @@
+"""The kernels that LLVM makes fast by itself: plain Numba for any CPU.
+
+Arguments and results: see `reference`. LLVM makes vector code of the inner loops.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray, float32, int32, uint32
+
+from pyllama_kernels.exponential import exp
+from pyllama_kernels.halves import half_to_float
+from pyllama_kernels.jit import kernel
+from pyllama_kernels.layout import ROW_BYTES, tile_rows
+from pyllama_kernels.lowlevel import (
+    address_of,
+    float32_pointer,
+    int32_pointer,
+)
+from pyllama_kernels.rounding import round_block
+
+
+@kernel
+def rms_norm(x: Any, weight: Any, epsilon: float, out: Any) -> None:
+    """See `reference.rms_norm`."""
+    rows, n = x.shape
+    for row in range(rows):
+        total = float32(0)
+        for i in range(n):
+            total += x[row, i] * x[row, i]
+        scale = float32(1 / math.sqrt(total / n + epsilon))
+        for i in range(n):
+            out[row, i] = x[row, i] * scale * weight[i]
+
+
+@kernel
+def quantize(x: Any, first: int, last: int, activations: Any) -> None:
+    """See `reference.quantize`; blocks `first` to before `last` only, row by row."""
+    rows, n = x.shape
+    blocks, t = n // 32, tile_rows(rows)
+    for index in range(first, last):
+        row, b = index // blocks, index % blocks
+        cell = address_of(activations) + (row // t * blocks + b) * ROW_BYTES * t
+        place = row % t
+        half, total = round_block(x[row, 32 * b :], cell + 32 * place)
+        carray(float32_pointer(cell + 32 * t), (t,))[place] = half_to_float(half)
+        carray(int32_pointer(cell + 36 * t), (t,))[place] = -8 * total
+
+
+@kernel
+def pack_q80(x: Any, out: Any) -> None:
+    """See `reference.pack_q80`."""
+    for block in range(x.shape[0]):
+        half, _ = round_block(x[block], address_of(out[block]) + 2)
+        out[block, 0] = half & 0xFF
+        out[block, 1] = half >> 8
+
+
+@kernel
+def matmul_f32(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """See `reference.matmul_f32`."""
+    rows, n = x.shape
+    for j in range(weight.shape[0]):
+        start = bias[j] if bias.size else float32(0)
+        for row in range(rows):
+            total = float32(0)
+            for i in range(n):
+                total += x[row, i] * weight[j, i]
+            out[row, j] = total + start
+
+
+@kernel
+def matmul_q80(activations: Any, rows: int, weight: Any, bias: Any, out: Any) -> None:
+    """See `reference.matmul_q80`."""
+    m, blocks, _ = weight.shape
+    t = tile_rows(rows)
+    for j in range(m):
+        start = bias[j] if bias.size else float32(0)
+        for row in range(rows):
+            total = float32(0)
+            for b in range(blocks):
+                cell = activations[(row // t * blocks + b) * ROW_BYTES * t :]
+                place = row % t
+                scale = carray(float32_pointer(address_of(cell) + 32 * t), (t,))[place]
+                block = weight[j, b]
+                products = int32(0)
+                for i in range(32):
+                    product = int32(np.int8(cell[32 * place + i])) * int32(np.int8(block[2 + i]))
+                    products = int32(products + product)
+                d = half_to_float(uint32(block[0]) | (uint32(block[1]) << uint32(8)))
+                total += float32(products) * (scale * d)
+            out[row, j] = total + start
+
+
+@kernel
+def rope(positions: Any, cos: Any, sin: Any, x: Any) -> None:
+    """See `reference.rope`."""
+    rows, heads, _ = x.shape
+    for row in range(rows):
+        position = positions[row]
+        for head in range(heads):
+            for i in range(cos.shape[1]):
+                c, s = cos[position, i], sin[position, i]
+                even, odd = x[row, head, 2 * i], x[row, head, 2 * i + 1]
+                x[row, head, 2 * i] = even * c - odd * s
+                x[row, head, 2 * i + 1] = odd * c + even * s
+
+
+@kernel
+def silu_mul(gate: Any, up: Any, out: Any) -> None:
+    """See `reference.silu_mul`."""
+    for i in range(gate.size):
+        out[i] = gate[i] / (float32(1) + exp(-gate[i])) * up[i]
+
+
+@kernel
+def merge_f32(parts: Any, out: Any) -> None:
+    """See `reference.merge_f32`."""
+    n_parts, n = parts.shape
+    for i in range(n):
+        out[i] = parts[0, i]
+    for part in range(1, n_parts):
+        for i in range(n):
+            out[i] += parts[part, i]
+
+
+@kernel
+def merge_q80(parts: Any, out: Any) -> None:
+    """See `reference.merge_q80`."""
+    n_parts, blocks, _ = parts.shape
+    out[:] = 0
+    for part in range(n_parts):
+        for b in range(blocks):
+            block = parts[part, b]
+            d = half_to_float(uint32(block[0]) | (uint32(block[1]) << uint32(8)))
+            for i in range(32):
+                out[b, i] += d * float32(np.int8(block[2 + i]))
+
+
+@kernel
+def add(x: Any, out: Any) -> None:
+    """See `reference.add`."""
+    for i in range(x.size):
+        out[i] += x[i]
+
+
+@kernel
+def gather(x: Any, index: Any, out: Any) -> None:
+    """See `reference.gather`."""
+    for k in range(index.size):
+        for i in range(x.shape[1]):
+            out[k, i] = x[index[k], i]

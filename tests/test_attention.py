@@ -1,0 +1,287 @@
+"""The pages of a cache, and attention over them, against plain arithmetic on what is kept."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllama_dist.executor.memory import zeros
+from pyllama_kernels import attention, blocks, cache, pages, reference
+from pyllama_kernels.pages import KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
+
+F32 = np.float32
+KINDS = (KEPT_F32, KEPT_F16, KEPT_Q80)
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=["f32", "f16", "q80"])
+STORES = {
+    "compiled": (cache.store_keys, cache.store_values),
+    "reference": (reference.store_keys, reference.store_values),
+}
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, F32)
+
+
+# --- pages
+
+
+def kept(x: np.ndarray, kind: int) -> list[bytes]:
+    """What stands for each value of [head_dim]: its bytes, for Q80 those of its scale before it."""
+    if kind != KEPT_Q80:
+        return [value.tobytes() for value in x.astype("<f4" if kind == KEPT_F32 else "<f2")]
+    found = blocks.quantize_q80(x).reshape(-1, 34)
+    return [block[:2].tobytes() + block[2 + i : 3 + i].tobytes() for block in found
+            for i in range(32)]  # fmt: skip
+
+
+def held(
+    page: np.ndarray, kind: int, head_dim: int, lane: int, i: int, is_key: bool
+) -> list[slice]:
+    """Where value `i` of a position lies in its page, as the docstring of `pages` has it."""
+    if kind == KEPT_Q80:
+        start, inside = 544 * (i // 32), i % 32
+        quad = 4 * (16 * (inside // 4) + lane) + inside % 4
+        place = quad if is_key else 32 * lane + inside
+        return [slice(start + 2 * lane, start + 2 * lane + 2),
+                slice(start + 32 + place, start + 33 + place)]  # fmt: skip
+    size = 4 if kind == KEPT_F32 else 2
+    start = i // PAGE * PAGE  # of the part of the values that it lies in
+    width = min(PAGE, head_dim - start)
+    place = size * (PAGE * i + lane if is_key else PAGE * start + width * lane + i - start)
+    return [slice(place, place + size)]
+
+
+@pytest.mark.parametrize("by", STORES)
+@pytest.mark.parametrize("is_key", [True, False], ids=["keys", "values"])
+@EVERY_KIND
+@settings(max_examples=15)
+@given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 3), seeds)
+def test_storing_writes_its_rows_and_nothing_else(by, is_key, kind, n_rows, heads, units, seed):
+    n_slots, n_pages, head_dim = 3, 3, 32 * units if kind == KEPT_Q80 else 11 * units
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(n_slots * n_pages * PAGE)[:n_rows]
+    slots, positions = places // (n_pages * PAGE), places % (n_pages * PAGE)
+    x = normal(seed, n_rows, heads + 1, head_dim) * F32(5)
+    x[: n_rows // 3] = 0
+    size = pages.page_bytes(kind, head_dim)
+    found = np.full((n_slots, heads + 1, n_pages, size), 0xA5, np.uint8)
+    expected = found.copy()
+    STORES[by][not is_key](x[:, 1:], slots, positions, kind, found[:, 1:])
+    for row in range(n_rows):
+        for head in range(1, heads + 1):
+            page = expected[slots[row], head, positions[row] // PAGE]
+            for i, data in enumerate(kept(x[row, head], kind)):
+                for place in held(page, kind, head_dim, positions[row] % PAGE, i, is_key):
+                    size = place.stop - place.start
+                    page[place] = np.frombuffer(data[:size], np.uint8)
+                    data = data[size:]
+    np.testing.assert_array_equal(found, expected)
+
+
+def random_pages(kind: int, head_dim: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Pages of any finite numbers, [*shape, page bytes] uint8."""
+    found = zeros((1, math.prod(shape), 1, pages.page_bytes(kind, head_dim)), np.uint8)
+    x = normal(seed, PAGE, math.prod(shape), head_dim)
+    lanes = np.arange(PAGE)
+    cache.store_keys(x, np.zeros(PAGE, np.int64), lanes, kind, found)
+    return found.reshape(*shape, -1)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("units", [1, 3])
+def test_pages_are_unpacked(kind, units):
+    head_dim = 32 * units if kind == KEPT_Q80 else 11 * units
+    (page,) = random_pages(kind, head_dim, (1,), units)
+    if kind != KEPT_Q80:  # keys of Q80 are multiplied as they are
+        keys = np.empty((head_dim, PAGE), F32)
+        cache.unpack_numbers(page, kind, keys)
+        expected = pages.read_positions(page[None], head_dim, kind, lanes_last=True)
+        np.testing.assert_array_equal(keys.T, expected)
+    values = np.empty(PAGE * head_dim, F32)
+    cache.unpack_values(page, kind, values)
+    found = pages.read_positions(values.view(np.uint8)[None], head_dim, KEPT_F32, lanes_last=False)
+    expected = pages.read_positions(page[None], head_dim, kind, lanes_last=False)
+    np.testing.assert_array_equal(found, expected)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("store", [0, 1], ids=["keys", "values"])
+def test_what_is_kept_is_read_back(kind, store):
+    x = normal(1, 2 * PAGE, 1, 64)
+    kept_pages = np.zeros((1, 1, 2, pages.page_bytes(kind, 64)), np.uint8)
+    positions = np.arange(2 * PAGE)
+    STORES["reference"][store](x, np.zeros_like(positions), positions, kind, kept_pages)
+    found = pages.read_positions(kept_pages[0, 0], 64, kind, lanes_last=store == 0)
+    error = {KEPT_F32: 0, KEPT_F16: 2e-3, KEPT_Q80: np.abs(x).max() / 127 * 0.51}[kind]
+    np.testing.assert_allclose(found, x[:, 0], rtol=0, atol=error)
+
+
+# --- attention
+
+
+class Task:
+    """Queries of some rows, and a cache that holds random keys and values."""
+
+    def __init__(self, kind, slots, positions, heads, group, first, head_dim, seed=0, size=1.0):
+        self.kind, self.group, self.first = kind, group, first
+        self.slots, self.positions = np.array(slots, np.int64), np.array(positions, np.int64)
+        n_slots, n_pages = max(slots, default=0) + 1, max(positions, default=0) // PAGE + 2
+        shape = n_slots, (first + heads - 1) // group + 1, n_pages
+        self.query = normal(seed, len(slots), heads, head_dim) * F32(size)
+        self.keys = random_pages(kind, head_dim, shape, seed + 1)
+        self.values = random_pages(kind, head_dim, shape, seed + 2)
+
+    def _common(self):
+        return self.query, self.keys, self.values, self.kind, self.slots, self.positions
+
+    def run(self, n_threads: int = 1) -> np.ndarray:
+        """What the op loop does, one thread after the other."""
+        rows, heads, head_dim = self.query.shape
+        out = np.full((rows, heads, head_dim), np.nan, F32)
+        chunks = attention.count_chunks(self.positions)
+        parts = np.full((rows, heads, chunks, head_dim + 2), np.nan, F32)
+        scratch = np.full(attention.scratch_bytes(head_dim) + 64, 0xFF, np.uint8)  # NaN
+        place = scratch.ctypes.data
+        for thread in range(n_threads):
+            attention.attend(
+                *self._common(), self.first, self.group, parts, out, place, thread, n_threads
+            )
+        if chunks > 1:
+            for thread in range(n_threads):
+                a, z = (heads * part // n_threads for part in (thread, thread + 1))
+                attention.join(parts, a, z, out)
+        assert (scratch[-64:] == 0xFF).all()
+        return out
+
+    def twin(self) -> np.ndarray:
+        out = np.full_like(self.query, np.nan)
+        reference.attention(*self._common(), self.first, self.group, out)
+        return out
+
+    def plain(self) -> np.ndarray:
+        """Softmax of scores, in float64; keys of Q80 meet queries that are rounded to Q80."""
+        rows, heads, n = self.query.shape
+        query = self.query
+        if self.kind == KEPT_Q80:
+            query = blocks.dequantize_q80(blocks.quantize_q80(query))
+        out = np.empty((rows, heads, n))
+        for row in range(rows):
+            count = self.positions[row] + 1
+            for head in range(heads):
+                cells = self.slots[row], (self.first + head) // self.group
+                k, v = (
+                    pages.read_positions(held[cells], n, self.kind, lanes_last=lanes_last)[:count]
+                    for held, lanes_last in ((self.keys, True), (self.values, False))
+                )
+                scores = k.astype(np.float64) @ query[row, head] / math.sqrt(n)
+                weights = np.exp(scores - scores.max())
+                out[row, head] = weights @ v / weights.sum()
+        return out
+
+
+HEAD_DIMS = {
+    KEPT_F32: (1, 6, 16, 33, 64, 128),
+    KEPT_F16: (1, 6, 16, 33, 64, 128),
+    KEPT_Q80: (32, 64, 128),
+}
+
+
+@EVERY_KIND
+@settings(max_examples=60)
+@given(st.data())
+def test_attention(kind, data):
+    n_rows = data.draw(st.sampled_from((0, 1, 2, 3, 4, 5, 9)))
+    longest = data.draw(st.sampled_from((1, 12, 33, 70)))
+    slots = data.draw(st.lists(st.integers(0, 2), min_size=n_rows, max_size=n_rows))
+    positions = data.draw(st.lists(st.integers(0, longest - 1), min_size=n_rows, max_size=n_rows))
+    size = data.draw(st.sampled_from((0.1, 1.0, 100.0)))
+    task = Task(
+        kind, slots, positions,
+        heads=data.draw(st.integers(1, 9)),
+        group=data.draw(st.integers(1, 9)),
+        first=data.draw(st.integers(0, 8)),
+        head_dim=data.draw(st.sampled_from(HEAD_DIMS[kind])),
+        seed=data.draw(seeds),
+        size=size,
+    )  # fmt: skip
+    expected, atol = task.plain(), 2e-5 * max(1, size)
+    np.testing.assert_allclose(task.twin(), expected, atol=atol)
+    if n_rows:
+        found = task.run(data.draw(st.sampled_from((1, 2, 3, 5))))
+        np.testing.assert_allclose(found, expected, atol=atol)
+
+
+# More heads than are taken together, and numbers beside that; kinds of group that models have.
+@EVERY_KIND
+@pytest.mark.parametrize("group", [1, 8, 16, 63, 64, 65, 80])
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_attention_of_large_groups(kind, group, n_rows):
+    task = Task(kind, [0] * n_rows, range(40, 40 + n_rows), 80, group, group // 2, 32)
+    np.testing.assert_allclose(task.run(), task.plain(), atol=2e-5)
+
+
+# Rows that end at, before and behind the borders of pages and chunks.
+LONG = [
+    (254,),
+    (255,),
+    (256,),
+    (257, 700),
+    (1000, 0),
+    (511, 512, 513),
+    (15, 300, 16, 767),
+    (255, 256, 257, 258, 700),
+    tuple(range(490, 530)),
+]
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("positions", LONG, ids=lambda p: "-".join(map(str, p[:5])))
+def test_long_attention_is_the_same_on_any_number_of_threads(kind, positions):
+    slots = [0] * len(positions) if len(positions) > 5 else [i % 2 for i in range(len(positions))]
+    task = Task(kind, slots, positions, 6, 4, 1, 32)
+    found = task.run()
+    np.testing.assert_allclose(found, task.plain(), atol=2e-5)
+    for n_threads in (2, 3, 5):
+        np.testing.assert_array_equal(task.run(n_threads), found)
+
+
+def test_a_large_batch_of_several_sequences():
+    rng = np.random.default_rng(5)
+    slots, positions = np.sort(rng.integers(0, 5, 150)), rng.integers(0, 60, 150)
+    task = Task(KEPT_F16, slots.tolist(), positions.tolist(), 4, 2, 0, 16)
+    found = task.run()
+    np.testing.assert_allclose(found, task.plain(), atol=2e-5)
+    np.testing.assert_array_equal(task.run(3), found)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("position", [0, 15, 16, 37, 254, 300])
+def test_what_lies_behind_a_row_is_not_read(kind, position):
+    """An earlier sequence of the slot may have left anything."""
+    clean, other = (Task(kind, [0], [position], 4, 2, 0, 32) for _ in range(2))
+    behind = np.arange(position + 1, other.keys.shape[2] * PAGE)
+    for store, held in ((cache.store_keys, other.keys), (cache.store_values, other.values)):
+        # The largest that all kinds of cache can hold.
+        x = np.full((len(behind), held.shape[1], 32), 65504, F32)
+        store(x, np.zeros_like(behind), behind, kind, held)
+    np.testing.assert_array_equal(other.run(), clean.run())
+
+
+@pytest.mark.parametrize("positions", [(3,), (700, 20)])
+def test_equal_scores_give_the_mean(positions):
+    task = Task(KEPT_F32, [0] * len(positions), positions, 2, 1, 0, 16)
+    task.query[:] = 0
+    for row, position in enumerate(positions):
+        values = pages.read_positions(task.values[0, 1], 16, KEPT_F32, lanes_last=False)
+        mean = values[: position + 1].mean(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(task.run()[row, 1], mean, atol=1e-6)
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=9))
+def test_chunks_depend_on_nothing_but_the_rows(positions):
+    found = attention.count_chunks(np.array(positions))
+    assert found == (max(positions) // pages.CHUNK + 1 if len(positions) <= 4 else 1)
