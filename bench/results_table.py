@@ -1,0 +1,118 @@
+"""Writes the results in bench/results/*.json into README.md, between two marker comments.
+
+    python bench/results_table.py
+
+Reads the files of `pyllama-dist bench -o json` ("kind": "bench") and those of
+`bench/compare_llamacpp.py` ("kind": "llamacpp"). Where two files measured the same thing on the
+same kind of machine, the newer one counts.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- results -->", "<!-- /results -->"
+
+Json = dict[str, Any]
+Row = tuple[str, ...]
+
+
+def bench_rows(file: Json) -> Iterator[tuple[Row, Row]]:
+    """What a row is about, and what was found: of a file of `pyllama-dist bench`."""
+    for test in file["tests"]:
+        rate, share = test["gb_per_second"], test["memory_share"]
+        nodes = f"{file['nodes']} × {file['threads']}"
+        yield (
+            (file["machine"]["cpu"], file["model"], file["kernels"], nodes, test["test"]),
+            (
+                f"{test['median']:.1f}",
+                "" if rate is None else f"{rate:.1f}",
+                "" if share is None else f"{100 * share:.0f}",
+            ),
+        )
+
+
+def llamacpp_rows(file: Json) -> Iterator[tuple[Row, Row]]:
+    """The same of a comparison with llama.cpp, with the better of its ways."""
+    for result in file["results"]:
+        rates, ratio = result["median"], result["ratio"]
+        nodes = f"1 × {result['threads']}"
+        yield (
+            (file["machine"]["cpu"], result["shape"], result["kernels"], nodes, result["test"]),
+            (
+                f"{rates['pyllama-dist']:.1f}",
+                f"{rates[result['compared_with']]:.1f}",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            ),
+        )
+
+
+KINDS: dict[str, tuple[Row, Row, Callable[[Json], Iterator[tuple[Row, Row]]]]] = {
+    "bench": (
+        ("machine", "model, Q40", "kernels", "nodes × threads", "test"),
+        ("tokens/s", "GB/s", "% of memory read"),
+        bench_rows,
+    ),
+    "llamacpp": (
+        ("machine", "model, Q40", "kernels", "nodes × threads", "test"),
+        ("pyllama-dist, tokens/s", "llama.cpp", "ratio"),
+        llamacpp_rows,
+    ),
+}
+
+
+def tables(files: Sequence[Json]) -> str:
+    """A table of each kind of which there are results, as GitHub's Markdown."""
+    texts = []
+    for kind, (about, found, rows) in KINDS.items():
+        newest: dict[Row, Row] = {}
+        for file in sorted(files, key=lambda file: datetime.fromisoformat(file["date"])):
+            if file["kind"] == kind:
+                newest |= dict(rows(file))
+        if newest:
+            lines = [about + found, ("---",) * len(about) + ("---:",) * len(found)]
+            lines += [key + newest[key] for key in sorted(newest, key=in_order)]
+            texts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(texts)
+
+
+def in_order(key: Row) -> list[list[tuple[str, int]]]:
+    """Sorts pp512 before pp4096: numbers in a text count as numbers."""
+    return [
+        [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)]
+        for part in key
+    ]
+
+
+def read(path: Path) -> Json:
+    """A file of results."""
+    try:
+        file: Json = json.loads(path.read_text())
+        if file["kind"] not in KINDS:
+            raise ValueError(f"kind {file['kind']!r}")
+        tables([file])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path}: no results that this script knows: {error!r}") from None
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args()
+    before, start, rest = args.readme.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"{args.readme}: put {START} and {END} where the tables belong")
+    text = tables([read(path) for path in sorted(args.results.glob("*.json"))])
+    args.readme.write_text(f"{before}{START}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

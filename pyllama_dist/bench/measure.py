@@ -1,0 +1,168 @@
+"""Runs tests as llama-bench defines them, and takes the time."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from pyllama_dist.errors import UsageError
+from pyllama_dist.program import Batch, Matmul, Program
+from pyllama_dist.root import Root
+
+
+@dataclass(frozen=True)
+class Test:
+    """A prompt of N tokens read in batches (pp), or N tokens made one after the other (tg)."""
+
+    kind: Literal["pp", "tg"]
+    tokens: int
+    depth: int = 0  # positions that the cache holds before
+
+    @property
+    def name(self) -> str:
+        """As llama-bench writes it.
+
+        >>> Test("pp", 512).name, Test("tg", 128, depth=4096).name
+        ('pp512', 'tg128 @ d4096')
+        """
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def positions(self) -> int:
+        """Positions of the context that the test needs."""
+        return self.depth + self.tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a test has cost; all but `seconds` is the root's own account."""
+
+    seconds: float
+    compute_seconds: float
+    sync_seconds: float  # waiting for others included
+    bytes_moved: int  # sent and received
+
+
+class Bench:
+    """A root, and how far its cache is filled.
+
+    Tokens are random. The tokens of a tg test are the most likely ones, so taking them is part of
+    the time; of a pp test the logits of the last token are computed, and not looked at.
+    """
+
+    def __init__(self, root: Root, vocab_size: int) -> None:
+        self._root, self._vocab_size = root, vocab_size
+        self._program = root.node.program
+        self._random = np.random.default_rng(0)
+        self._filled = 0  # positions whose keys and values come from some token
+
+    def run(self, test: Test) -> Run:
+        """Runs a test once.
+
+        Raises:
+            UsageError: the context is too short for it.
+            NodeError: a worker was lost.
+        """
+        check_fits(test, self._program.seq_len)
+        if test.depth > self._filled:
+            self._read(self._filled, test.depth)
+        return self._timed(test)
+
+    def warm_up(self, test: Test) -> None:
+        """What llama-bench does before it takes the time: the whole prompt, or one token."""
+        self.run(test if test.kind == "pp" else replace(test, tokens=1))
+
+    def _timed(self, test: Test) -> Run:
+        before = replace(self._root.node.spent)
+        started = time.perf_counter()
+        if test.kind == "pp":
+            self._read(test.depth, test.positions)
+        else:
+            self._write(test.depth, test.positions)
+        seconds = time.perf_counter() - started
+        after = self._root.node.spent
+        return Run(
+            seconds,
+            after.compute_seconds - before.compute_seconds,
+            after.sync_seconds - before.sync_seconds,
+            after.bytes_moved - before.bytes_moved,
+        )
+
+    def _read(self, start: int, stop: int) -> None:
+        """Positions as a prompt: in batches, with the logits of the last token."""
+        tokens = self._random.integers(0, self._vocab_size, stop - start).tolist()
+        for first in range(start, stop, self._program.max_rows):
+            last = min(first + self._program.max_rows, stop)
+            positions = tuple(range(first, last))
+            wanted = (last - first - 1,) if last == stop else ()
+            batch = Batch((0,) * len(positions), positions, wanted)
+            self._root.step(tokens[first - start : last - start], batch)
+        self._filled = max(self._filled, stop)
+
+    def _write(self, start: int, stop: int) -> None:
+        """Positions as an answer: one step for each, the most likely token next."""
+        token = int(self._random.integers(self._vocab_size))
+        for position in range(start, stop):
+            logits = self._root.step([token], Batch((0,), (position,), (0,)))
+            token = int(logits[0].argmax())
+        self._filled = max(self._filled, stop)
+
+
+def measure(
+    bench: Bench,
+    tests: Sequence[Test],
+    repetitions: int,
+    starting: Callable[[Test, int], None] = lambda test, run: None,
+) -> list[tuple[Test, list[Run]]]:
+    """Runs tests one after the other, each after a warm-up.
+
+    Args:
+        bench: a root with a context long enough for all of them.
+        tests: what to run.
+        repetitions: runs of each test.
+        starting: told the test and the number of its run before each; the warm-up is run 0.
+    """
+    found = []
+    for test in tests:
+        starting(test, 0)
+        bench.warm_up(test)
+        runs = []
+        for run in range(1, repetitions + 1):
+            starting(test, run)
+            runs.append(bench.run(test))
+        found.append((test, runs))
+    return found
+
+
+def plan_tests(prompts: Sequence[int], answers: Sequence[int], depths: Sequence[int]) -> list[Test]:
+    """All tests that lists of sizes ask for; a size of 0 asks for none."""
+    tests = []
+    for depth in depths:
+        tests += [Test("pp", tokens, depth) for tokens in prompts if tokens]
+        tests += [Test("tg", tokens, depth) for tokens in answers if tokens]
+    return tests
+
+
+def check_fits(test: Test, seq_len: int) -> None:
+    """Refuses a test that needs more than `seq_len` positions.
+
+    Raises:
+        UsageError: it does.
+    """
+    if test.positions > seq_len:
+        raise UsageError(
+            f"{test.name} needs {test.positions} positions, the context has {seq_len}; choose "
+            f"smaller sizes, or a higher --max-seq-len if the model allows it"
+        )
+
+
+def matrix_bytes(program: Program) -> int:
+    """Bytes of the matrices that one node reads for each token.
+
+    Neither norms and biases nor the cache are counted, nor the embedding, of which a token needs
+    one row.
+    """
+    ops = (op for segment in program.segments for op in segment.ops)
+    return sum(op.weight.nbytes for op in ops if isinstance(op, Matmul))

@@ -1,0 +1,180 @@
+"""What a benchmark has found, as JSON, as CSV, and as a table in llama-bench's manner."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median, stdev
+
+from pyllama_dist.bench.measure import Run, Test
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was run."""
+
+    model: str
+    arch: str
+    weights: str  # number format of the matrices
+    parameters: int  # of the matrices; embedding, norms and biases are not counted
+    matrix_bytes: int  # of all nodes together: what is read for each token
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How it was run."""
+
+    kernels: str
+    nodes: int
+    nodes_here: int  # on this machine, the root included
+    threads: int  # of each node here
+    sync: str  # number format in which partial sums travel
+    seq_len: int
+    max_rows: int  # of a batch
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one run of the benchmark has found."""
+
+    date: str  # ISO 8601
+    model: Model
+    setting: Setting
+    results: Sequence[tuple[Test, Sequence[Run]]]
+    bytes_here: int  # of the matrices: what the nodes on this machine read for each token
+    bandwidth: Sequence[float]  # bytes per second, with the threads of these nodes
+    peak_bytes: Sequence[int]  # memory of the root, and of the workers that it started
+    machine: Mapping[str, object]
+    versions: Mapping[str, str]
+    load: Mapping[str, Sequence[float]]  # load averages, "before" and "after"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one test comes to; costs are those of the root."""
+
+    test: str
+    p: int
+    n: int
+    d: int
+    repetitions: int
+    tokens_per_second: float  # mean, as llama-bench's
+    stdev: float
+    median: float
+    gb_per_second: float | None  # of matrices read by the nodes here; a prompt is not bound by it
+    memory_share: float | None  # of what their threads can read
+    compute_ms_per_token: float
+    sync_ms_per_token: float  # waiting for others included
+    kb_moved_per_token: float  # sent and received
+
+
+def as_json(report: Report) -> str:
+    """One object with everything. GB are 10^9 bytes."""
+    return json.dumps(
+        {
+            "kind": "bench",
+            "date": report.date,
+            **asdict(report.model),
+            **asdict(report.setting),
+            "tests": [
+                asdict(figures(report, test, runs)) | {"seconds": [run.seconds for run in runs]}
+                for test, runs in report.results
+            ],
+            "memory_gb_per_second": [rate / 1e9 for rate in report.bandwidth],
+            "peak_bytes": report.peak_bytes,
+            "machine": report.machine,
+            "versions": report.versions,
+            "load": report.load,
+        },
+        indent=1,
+    )
+
+
+def as_csv(report: Report) -> str:
+    """A heading, and a line for each test."""
+    common: dict[str, object] = {"date": report.date, "cpu": report.machine["cpu"]}
+    common |= asdict(report.model) | asdict(report.setting)
+    common["memory_gb_per_second"] = max(report.bandwidth) / 1e9
+    rows = [common | asdict(figures(report, test, runs)) for test, runs in report.results]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(report: Report) -> str:
+    """A table for GitHub, and below it the facts that all its lines share."""
+    model, setting, machine = report.model, report.setting, report.machine
+    heading = ["model", "size", "params", "kernels", "nodes", "threads", "test", "t/s", "median"]
+    heading += ["GB/s", "% of memory", "compute ms", "sync ms", "kB moved"]
+    common = [
+        f"{model.model} {model.weights.upper()}",
+        _short(model.matrix_bytes, "MB", "GB"),
+        _short(model.parameters, "M", "B"),
+        setting.kernels,
+        f"{setting.nodes}",
+        f"{setting.threads}",
+    ]
+    lines = [heading, ["---"] * 6 + ["---:"] * (len(heading) - 6)]
+    for test, runs in report.results:
+        found = figures(report, test, runs)
+        rate, share = found.gb_per_second, found.memory_share
+        lines.append(
+            [
+                *common,
+                test.name,
+                f"{found.tokens_per_second:.2f} ± {found.stdev:.2f}",
+                f"{found.median:.2f}",
+                "" if rate is None else f"{rate:.2f}",
+                "" if share is None else f"{100 * share:.0f}",
+                f"{found.compute_ms_per_token:.2f}",
+                f"{found.sync_ms_per_token:.2f}",
+                f"{found.kb_moved_per_token:.1f}",
+            ]
+        )
+    features = machine["features"]
+    peak = ", ".join(f"{n / 1e6:.0f}" for n in report.peak_bytes)
+    facts = [
+        f"{machine['cpu']}, {machine['cores']} cores"
+        + (f" ({', '.join(features)})" if isinstance(features, list) and features else ""),
+        f"memory read: {max(report.bandwidth) / 1e9:.1f} GB/s with "
+        f"{setting.threads * setting.nodes_here} threads",
+        f"peak memory of each node: {peak} MB",
+        f"load: {report.load['before'][0]:.2f} before, {report.load['after'][0]:.2f} after",
+        ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table + "\n\n" + "\n".join(f"- {fact}" for fact in facts) + "\n"
+
+
+def figures(report: Report, test: Test, runs: Sequence[Run]) -> Figures:
+    """What the runs of a test come to."""
+    rates = [test.tokens / run.seconds for run in runs]
+    tokens = test.tokens * len(runs)
+    read = median(rates) * report.bytes_here if test.kind == "tg" else None
+    return Figures(
+        test=test.name,
+        p=test.tokens if test.kind == "pp" else 0,
+        n=test.tokens if test.kind == "tg" else 0,
+        d=test.depth,
+        repetitions=len(runs),
+        tokens_per_second=fmean(rates),
+        stdev=stdev(rates) if len(rates) > 1 else 0.0,
+        median=median(rates),
+        gb_per_second=None if read is None else read / 1e9,
+        memory_share=None if read is None else read / max(report.bandwidth),
+        compute_ms_per_token=1e3 * sum(run.compute_seconds for run in runs) / tokens,
+        sync_ms_per_token=1e3 * sum(run.sync_seconds for run in runs) / tokens,
+        kb_moved_per_token=sum(run.bytes_moved for run in runs) / 1e3 / tokens,
+    )
+
+
+def _short(count: int, million: str, billion: str) -> str:
+    """A count with two decimals.
+
+    >>> _short(828_112_896, "MB", "GB"), _short(1_472_200_704, "M", "B")
+    ('828.11 MB', '1.47 B')
+    """
+    return f"{count / 1e9:.2f} {billion}" if count >= 1e9 else f"{count / 1e6:.2f} {million}"

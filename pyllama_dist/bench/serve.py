@@ -1,0 +1,101 @@
+"""The benchmark as a process that takes orders: `python -m pyllama_dist.bench.serve`.
+
+For comparisons that alternate with another program. Each line of standard input is one JSON object,
+and so is the answer, with `"ok": true`, or `"ok": false` and what went wrong:
+
+    {"load": {"shape": "glm-edge-1.5b", "threads": 2, "nodes": 1, "seq_len": 1024}}
+    {"run": {"p": 512, "n": 0, "d": 0}}      one run of pp512; nothing is warmed up before it
+    {"run": {"p": 0, "n": 128, "d": 512}}    one run of tg128 at a depth of 512
+    {"bandwidth": {"threads": 2}}            what so many threads read from memory
+    {"quit": true}
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from pyllama_dist.bench import machine
+from pyllama_dist.bench.measure import plan_tests
+from pyllama_dist.bench.random_model import RandomModel
+from pyllama_dist.bench.session import Session, open_session
+from pyllama_dist.bench.shapes import config_of
+from pyllama_dist.cluster import Cluster
+from pyllama_dist.errors import PyllamaError, UsageError
+
+Answer = dict[str, object]
+
+
+class Server:
+    """Keeps a session between orders."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._session: Session | None = None
+
+    def load(self, shape: str, threads: int, nodes: int = 1, seq_len: int = 1024) -> Answer:
+        """Brings up a shape on nodes of this machine, in the place of the last one."""
+        self.close()
+        cluster = Cluster(local_workers=nodes - 1, n_threads=threads, max_seq_len=seq_len)
+        opening = open_session(shape, RandomModel(config_of(shape)), cluster)
+        self._session = session = self._open.enter_context(opening)
+        return {
+            **asdict(session.model),
+            **asdict(session.setting),
+            "bytes_here": session.bytes_here,
+            "machine": machine.facts(),
+            "versions": machine.versions(),
+        }
+
+    def run(self, p: int = 0, n: int = 0, d: int = 0) -> Answer:
+        """One run of the one test that `p` or `n` asks for, at depth `d`."""
+        if self._session is None:
+            raise UsageError("nothing is loaded")
+        tests = plan_tests([p], [n], [d])
+        if len(tests) != 1:
+            raise UsageError(f"p {p}, n {n}: one of them says how many tokens, the other is 0")
+        run = self._session.bench.run(tests[0])
+        return {"tokens_per_second": tests[0].tokens / run.seconds, **asdict(run)}
+
+    def bandwidth(self, threads: int) -> Answer:
+        """What so many threads read from memory."""
+        return {"gb_per_second": machine.memory_bandwidth(threads) / 1e9}
+
+    def close(self) -> None:
+        """Takes the session down."""
+        self._session = None
+        self._open.close()
+
+    def answer(self, order: Mapping[str, Any]) -> Answer:
+        """What an order comes to."""
+        known: dict[str, Callable[..., Answer]] = {
+            "load": self.load,
+            "run": self.run,
+            "bandwidth": self.bandwidth,
+        }
+        try:
+            for name, details in order.items():
+                if name in known:
+                    return {"ok": True, **known[name](**details)}
+            raise UsageError(f"{dict(order)}: an order is one of {', '.join(known)}, quit")
+        except PyllamaError as error:
+            return {"ok": False, "error": str(error)}
+
+
+def main() -> None:
+    """Answers lines until one says quit, or there are no more."""
+    server = Server()
+    try:
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "quit" in order:
+                break
+            print(json.dumps(server.answer(order)), flush=True)
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    main()

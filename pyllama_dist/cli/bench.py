@@ -1,0 +1,162 @@
+"""`pyllama-dist bench`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pyllama_dist.cli.options import (
+    BUILTIN,
+    SpaceSeparated,
+    cluster_options,
+    make_cluster,
+    option,
+    progress_bar,
+)
+from pyllama_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyllama_dist.bench.measure import Test
+    from pyllama_dist.bench.random_model import RandomModel
+    from pyllama_dist.formats.model_file import ModelFile
+
+_SHORT = {"-m": "--model", "-t": "--nthreads"}
+
+
+class _LlamaBench(SpaceSeparated):
+    """A command that knows llama-bench's short names of the options that all commands share."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Writes them out."""
+        return super().parse_args(ctx, [_SHORT.get(arg, arg) for arg in args])
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    """The numbers of `512,1024`."""
+    parts = value.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of numbers like 512,1024", ctx, param)
+    return [int(part) for part in parts]
+
+
+_LIST: dict[str, Any] = {"callback": _sizes, "metavar": "N,N,...", "show_default": True}
+
+
+@click.command("bench", cls=_LlamaBench)
+@cluster_options
+@option("--shape", help="Instead of --model: random weights, in the shape of glm-edge-1.5b, ...")
+@option("--n-prompt", "-p", default="512", **_LIST, help="Tokens of prompts; 0: none.")
+@option("--n-gen", "-n", default="128", **_LIST, help="Tokens of answers; 0: none.")
+@option("--n-depth", "-d", default="0", **_LIST, help="Positions in the cache before.")
+@option("--repetitions", "-r", type=click.IntRange(min=1), default=5, show_default=True)
+@option("--output", "-o", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True)
+def command(
+    model: Path | None,
+    shape: str | None,
+    n_prompt: list[int],
+    n_gen: list[int],
+    n_depth: list[int],
+    repetitions: int,
+    output: str,
+    **cluster_settings: Any,
+) -> None:
+    """Measure what a model does on these machines, in llama-bench's words.
+
+    pp512 is a prompt of 512 tokens, read in batches; tg128 is 128 tokens, one after the other, the
+    most likely one next; "@ d4096" says how many positions the cache held before. t/s is the mean
+    of the repetitions ± their standard deviation, after a warm-up that does not count. GB/s is what
+    the nodes of this machine read of the matrices, and its share of what as many threads read from
+    memory in the same run. Milliseconds and kB are those of the root, for each token. -m and -t are
+    short for --model and --nthreads; an unknown --shape is answered with those that there are.
+    """
+    from datetime import UTC, datetime
+
+    from pyllama_dist.bench import machine, report
+    from pyllama_dist.bench.measure import check_fits, measure, plan_tests
+    from pyllama_dist.bench.session import open_session
+
+    if shape is not None and model is not None:
+        raise UsageError("--shape and --model are two models; give one of them")
+    tests = plan_tests(n_prompt, n_gen, n_depth)
+    if not tests:
+        raise UsageError("nothing to measure: -p or -n must be more than 0")
+    cluster = make_cluster(**cluster_settings)
+    seq_len = cluster.max_seq_len or max(test.positions for test in tests)
+    cluster = replace(cluster, max_seq_len=seq_len)
+    before = machine.load_average()
+    with ExitStack() as stack:
+        name, source = stack.enter_context(_source(model, shape))
+        for test in tests:
+            check_fits(test, min(seq_len, source.config.max_seq_len))
+        with progress_bar("weights") as progress:
+            session = stack.enter_context(open_session(name, source, cluster, progress))
+        threads = session.setting.threads * session.setting.nodes_here
+        loaded = machine.resident_bytes(peak=True)  # before the buffer of the next line
+        bandwidth = [machine.memory_bandwidth(threads)]
+        with _test_bar(len(tests) * (1 + repetitions)) as starting:
+            results = measure(session.bench, tests, repetitions, starting)
+        measured = machine.resident_bytes()
+        bandwidth.append(machine.memory_bandwidth(threads))
+    found = report.Report(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=session.model,
+        setting=session.setting,
+        results=results,
+        bytes_here=session.bytes_here,
+        bandwidth=bandwidth,
+        peak_bytes=list(map(max, loaded, measured)),
+        machine=machine.facts(),
+        versions=machine.versions(),
+        load={"before": before, "after": machine.load_average()},
+    )
+    write = {"md": report.as_markdown, "json": report.as_json, "csv": report.as_csv}[output]
+    click.echo(write(found).rstrip("\n"))
+
+
+@contextmanager
+def _source(
+    model: Path | None, shape: str | None
+) -> Iterator[tuple[str, "ModelFile | RandomModel"]]:
+    """What is to be measured, and its name."""
+    from pyllama_dist.bench.random_model import RandomModel
+    from pyllama_dist.bench.shapes import config_of
+    from pyllama_dist.formats.model_file import ModelFile
+    from pyllama_dist.models import ARCHITECTURES
+
+    if shape is not None:
+        yield shape, RandomModel(config_of(shape))
+        return
+    directory = model or BUILTIN
+    with ModelFile.open(directory / "model.m", ARCHITECTURES) as file:
+        yield directory.resolve().name, file
+
+
+@contextmanager
+def _test_bar(runs: int) -> Iterator[Callable[["Test", int], None]]:
+    """A bar on a terminal, nothing elsewhere; it is told what starts."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=runs)
+    started = 0
+
+    def starting(test: "Test", run: int) -> None:
+        nonlocal started
+        what = f"{test.name}, run {run}" if run else f"{test.name}, warm-up"
+        bar.update(task, completed=started, description=what)
+        started += 1
+
+    with bar:
+        yield starting

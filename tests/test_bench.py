@@ -1,0 +1,407 @@
+"""The benchmark: shapes, random weights, what is run and timed, and what is said about it."""
+
+import csv
+import io
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pyllama_dist.bench import machine, report, serve, shapes
+from pyllama_dist.bench.measure import Bench, Run, matrix_bytes, measure, plan_tests
+from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
+from pyllama_dist.bench.random_model import RandomModel
+from pyllama_dist.bench.session import open_session
+from pyllama_dist.cli import main
+from pyllama_dist.cluster import Cluster, programs
+from pyllama_dist.config import FloatType
+from pyllama_dist.errors import UsageError
+from pyllama_dist.node import Spent
+from pyllama_dist.program import Batch
+from pyllama_dist.simulate import simulated_root
+from pyllama_kernels.bandwidth import TURN, read_bandwidth, sum_of
+from pyllama_kernels.blocks import dequantize_q40
+
+TINY = {
+    "model_type": "glm4",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.5,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """A tiny shape, and a buffer for the memory's speed that takes no time."""
+    monkeypatch.setattr(shapes, "SHAPES", {**shapes.SHAPES, "tiny": TINY})
+    monkeypatch.setattr(machine, "_BUFFER", 1 << 20)
+
+
+# Parameters and bytes of matrices, with distributed-llama's conventions: 18 bytes for 32 weights.
+@pytest.mark.parametrize(
+    ("shape", "billions", "gigabytes"),
+    [
+        ("glm-edge-1.5b", 1.47, 0.83),
+        ("glm-edge-4b", 4.15, 2.33),
+        ("glm-4-9b", 8.78, 4.94),
+        ("glm-4-9b-0414", 8.78, 4.94),
+        ("glm-4-32b-0414", 31.63, 17.79),
+        ("tinyllama-1.1b", 1.03, 0.58),
+        ("qwen3-0.6b", 0.596, 0.335),
+    ],
+)
+def test_shapes_weigh_what_the_models_weigh(shape, billions, gigabytes):
+    config = shapes.config_of(shape)
+    fields = shapes.SHAPES[shape]
+    dim, ffn = fields["hidden_size"], fields["intermediate_size"]
+    heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+    attention = dim * fields["head_dim"] * (2 * heads + 2 * kv_heads)
+    layers = fields["num_hidden_layers"] * (attention + 3 * dim * ffn)
+    parameters = layers + dim * fields["vocab_size"]
+    assert parameters / 1e9 == pytest.approx(billions, abs=0.006)
+    assert parameters * 18 / 32 / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    (program,) = programs(config, Cluster(max_seq_len=16))
+    assert matrix_bytes(program) == parameters * 18 // 32
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match=r"'glm-5'.*glm-edge-1\.5b.*tinyllama"):
+        shapes.config_of("glm-5")
+
+
+@pytest.mark.parametrize("shape", ["glm-4-32b-0414", "tiny"])
+def test_random_tensors_have_their_shape_and_no_size(shape):
+    model = RandomModel(shapes.config_of(shape))
+    low, high = sys.maxsize, 0
+    for name, tensor in model.tensors.items():
+        raw = model.raw(name)
+        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        assert raw.shape == (rows, tensor.float_type.row_bytes(tensor.shape[-1])), name
+        first, last = raw.ctypes.data, raw[-1:, -1:].ctypes.data
+        if tensor.float_type is FloatType.Q40:
+            low, high = min(low, first), max(high, last)
+    assert high - low < 4 << 20
+
+
+def test_random_matrices_are_different_finite_and_of_mean_zero():
+    model = RandomModel(shapes.config_of("tinyllama-1.1b"))
+    one = dequantize_q40(np.ascontiguousarray(model.raw("layers.0.self_attn.q_proj.weight")))
+    other = dequantize_q40(np.ascontiguousarray(model.raw("layers.1.self_attn.q_proj.weight")))
+    assert not np.array_equal(one, other)
+    assert not np.array_equal(one[0], one[1])
+    x = np.random.default_rng(1).standard_normal(one.shape[1])
+    for matrix in (one, other):
+        assert abs(matrix.mean()) < 0.001
+        assert 0.5 < np.std(matrix @ x) < 4
+
+
+def test_a_slice_is_a_part_of_the_whole():
+    model = RandomModel(shapes.config_of("tiny"))
+    whole = model.raw("layers.0.mlp.down_proj.weight")
+    part = model.slice("layers.0.mlp.down_proj.weight", (3, 9), (32, 96))
+    assert np.array_equal(part, whole[3:9, 18:54])
+
+
+def test_a_random_model_says_the_same_on_one_node_and_on_two():
+    config = shapes.config_of("tiny")
+    model = RandomModel(config)
+    found = []
+    for nodes in (1, 2):
+        cluster = Cluster(local_workers=nodes - 1, sync=FloatType.F32, max_seq_len=16)
+        with simulated_root(model, programs(config, cluster)) as root:
+            batch = Batch((0, 0, 0), (0, 1, 2), (0, 1, 2))
+            found.append(root.step([5, 99, 5], batch))
+    one, two = found
+    assert np.isfinite(one).all()
+    assert one.std() > 0.1
+    assert not np.allclose(one[0], one[2])
+    np.testing.assert_allclose(two, one, atol=0.02 * np.abs(one).max())
+
+
+class FakeRoot:
+    """Notes the batches; the most likely token is the number of the batch."""
+
+    def __init__(self, max_rows: int = 32, seq_len: int = 256) -> None:
+        self.program = SimpleNamespace(max_rows=max_rows, seq_len=seq_len)
+        self.node = SimpleNamespace(program=self.program, spent=Spent())
+        self.batches: list[tuple[list[int], Batch]] = []
+
+    def step(self, tokens, batch):
+        self.batches.append((list(tokens), batch))
+        assert len(tokens) == len(batch.slots) == len(batch.positions)
+        spent = self.node.spent
+        spent.compute_seconds += 2
+        spent.sync_seconds += 0.5
+        spent.bytes_moved += 100
+        return np.eye(300, dtype=np.float32)[[len(self.batches)] * len(batch.logits)]
+
+
+def test_a_prompt_is_read_in_batches_and_wants_the_last_logits_only():
+    root = FakeRoot()
+    run = Bench(root, 300).run(Trial("pp", 70))
+    assert [batch.positions for _, batch in root.batches] == [
+        tuple(range(32)),
+        tuple(range(32, 64)),
+        tuple(range(64, 70)),
+    ]
+    assert [batch.logits for _, batch in root.batches] == [(), (), (5,)]
+    assert all(0 <= token < 300 for tokens, _ in root.batches for token in tokens)
+    assert (run.compute_seconds, run.sync_seconds, run.bytes_moved) == (6, 1.5, 300)
+    assert run.seconds > 0
+
+
+def test_an_answer_is_one_row_at_a_time_and_takes_the_most_likely_token():
+    root = FakeRoot()
+    Bench(root, 300).run(Trial("tg", 3, depth=40))
+    (_, _, *answer) = root.batches  # the depth takes two
+    assert [batch for _, batch in answer] == [Batch((0,), (i,), (0,)) for i in (40, 41, 42)]
+    assert [tokens for tokens, _ in answer[1:]] == [[3], [4]]
+
+
+def test_the_depth_is_filled_once_and_its_time_does_not_count():
+    root = FakeRoot()
+    bench = Bench(root, 300)
+    run = bench.run(Trial("pp", 8, depth=33))
+    assert [batch.positions for _, batch in root.batches] == [
+        tuple(range(32)),
+        (32,),
+        tuple(range(33, 41)),
+    ]
+    assert run.compute_seconds == 2
+    bench.run(Trial("tg", 1, depth=41))
+    bench.run(Trial("pp", 8, depth=20))
+    assert [batch.positions for _, batch in root.batches[3:]] == [(41,), tuple(range(20, 28))]
+
+
+def test_a_context_that_is_too_short_is_refused():
+    with pytest.raises(UsageError, match=r"pp8 @ d250 needs 258 positions, the context has 256"):
+        Bench(FakeRoot(), 300).run(Trial("pp", 8, depth=250))
+
+
+def test_each_test_is_warmed_up_and_repeated():
+    root, seen = FakeRoot(), []
+    tests = plan_tests([4, 0], [2], [0, 16])
+    assert [test.name for test in tests] == ["pp4", "tg2", "pp4 @ d16", "tg2 @ d16"]
+    found = measure(Bench(root, 300), tests[:2], 3, lambda test, run: seen.append((test, run)))
+    assert seen == [(test, run) for test in tests[:2] for run in range(4)]
+    assert [len(runs) for _, runs in found] == [3, 3]
+    assert len(root.batches) == 4 + 1 + 3 * 2  # a warm-up of tg is one token
+
+
+@pytest.fixture
+def found():
+    """A report with figures that can be checked by hand."""
+    runs = [Run(1.0, 0.8, 0.2, 5000), Run(2.0, 1.2, 0.8, 5000)]
+    return report.Report(
+        date="2026-01-02T03:04:05+00:00",
+        model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
+        setting=report.Setting("portable", 2, 2, 1, "q80", 20, 32),
+        results=[(Trial("pp", 10), runs), (Trial("tg", 10, 5), runs)],
+        bytes_here=1_125_000_000,
+        bandwidth=[15e9, 14e9],
+        peak_bytes=[3_000_000, 2_000_000],
+        machine={"cpu": "A CPU", "cores": 2, "features": ["avx2"]},
+        versions={"python": "3.11.0"},
+        load={"before": [0.5, 0, 0], "after": [1.5, 0, 0]},
+    )
+
+
+def test_figures_are_those_worked_out_by_hand(found):
+    pp, tg = (report.figures(found, test, runs) for test, runs in found.results)
+    assert (pp.tokens_per_second, pp.median) == (7.5, 7.5)
+    assert pp.stdev == pytest.approx(3.53553, abs=1e-5)  # of 10 and 5
+    assert pp.compute_ms_per_token == pytest.approx(100)
+    assert pp.sync_ms_per_token == pytest.approx(50)
+    assert pp.kb_moved_per_token == pytest.approx(0.5)
+    assert pp.gb_per_second is pp.memory_share is None
+    assert tg.gb_per_second == pytest.approx(8.4375)
+    assert tg.memory_share == pytest.approx(0.5625)
+    assert (tg.p, tg.n, tg.d) == (0, 10, 5)
+
+
+def test_the_table_has_the_figures_in_its_columns(found):
+    table = report.as_markdown(found).partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    tg = dict(zip(rows[0], rows[3], strict=True))
+    assert tg["test"] == "tg10 @ d5"
+    assert tg["t/s"] == "7.50 ± 3.54"
+    assert (tg["GB/s"], tg["% of memory"]) == ("8.44", "56")
+    assert (tg["model"], tg["nodes"], tg["threads"]) == ("some Q40", "2", "1")
+    assert (tg["size"], tg["params"]) == ("1.12 GB", "2.00 B")
+
+
+def test_csv_and_json_say_the_same(found):
+    lines = list(csv.DictReader(io.StringIO(report.as_csv(found))))
+    said = json.loads(report.as_json(found))
+    assert said["kind"] == "bench"
+    assert [test["seconds"] for test in said["tests"]] == [[1.0, 2.0]] * 2
+    for line, test in zip(lines, said["tests"], strict=True):
+        assert line["test"] == test["test"]
+        assert float(line["median"]) == test["median"]
+        assert line["model"] == said["model"]
+    assert [line["gb_per_second"] for line in lines] == ["", "8.4375"]
+
+
+def test_the_memory_kernel_reads_every_word():
+    words = np.random.default_rng(0).integers(0, 1 << 32, TURN, dtype=np.uint32)
+    start = -words.ctypes.data % 64 // 4
+    part = words[start : start + 3 * TURN // 4]
+    end = part.ctypes.data + part.nbytes
+    assert sum_of(part.ctypes.data, end) % (1 << 32) == part.sum(dtype=np.uint64) % (1 << 32)
+
+
+def test_memory_speed_is_one_figure_for_each_pass():
+    found = read_bandwidth(2, 1 << 16, passes=3)
+    assert len(found) == 3
+    assert min(found) > 0
+    with pytest.raises(ValueError, match="for 3 threads"):
+        read_bandwidth(3, TURN)
+
+
+def test_a_server_takes_orders_one_by_one(monkeypatch, capsys):
+    orders = [
+        {"run": {"p": 4}},
+        {"load": {"shape": "tiny", "threads": 1, "nodes": 1, "seq_len": 32}},
+        {"run": {"p": 8, "n": 0, "d": 0}},
+        {"run": {"p": 0, "n": 4, "d": 16}},
+        {"run": {"p": 8, "n": 8}},
+        {"bandwidth": {"threads": 1}},
+        {"dance": {}},
+        {"quit": True},
+        {"run": {"p": 8}},
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, orders))))
+    serve.main()
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["ok"] for answer in answers] == [False, True, True, True, False, True, False]
+    _, loaded, pp, tg, _, bandwidth, _ = answers
+    assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
+    assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
+    assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
+    assert bandwidth["gb_per_second"] > 0
+
+
+def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
+    config = shapes.config_of("tiny")
+    cluster = Cluster(local_workers=1, n_threads=1, max_seq_len=16)
+    with open_session("tiny", RandomModel(config), cluster) as session:
+        run = session.bench.run(Trial("tg", 2))
+        peak = machine.resident_bytes(peak=True)
+        now = machine.resident_bytes()
+    assert (session.setting.nodes, session.setting.nodes_here) == (2, 2)
+    assert session.bytes_here == session.model.matrix_bytes == session.model.parameters * 18 // 32
+    assert run.bytes_moved > 0
+    assert len(now) == len(peak) == 2
+    assert all(high >= low > 10e6 for high, low in zip(peak, now, strict=True))
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs `bench` with these arguments: exit code, standard output, standard error."""
+
+    def run(args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pyllama-dist", "bench", *args.split()])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+def test_the_command_measures_a_shape(cli):
+    code, out, err = cli("--shape tiny -p 8,40 -n 2 -d 0,16 -r 2 -t 1 -o json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert [test["test"] for test in said["tests"]] == [
+        "pp8",
+        "pp40",
+        "tg2",
+        "pp8 @ d16",
+        "pp40 @ d16",
+        "tg2 @ d16",
+    ]
+    assert said["seq_len"] == 56  # what the longest test needs
+    assert (said["threads"], said["model"], said["nodes"]) == (1, "tiny", 1)
+    assert all(len(test["seconds"]) == test["repetitions"] == 2 for test in said["tests"])
+    assert len(said["memory_gb_per_second"]) == 2
+    assert len(said["load"]["before"]) == 3
+
+
+def test_the_command_measures_a_model(cli):
+    code, out, err = cli("-p 4 -n 0 -r 1 -t 1")
+    assert code == 0, err
+    assert "| builtin Q40 |" in out
+    assert "| pp4 |" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--shape tiny --model x", "two models"),
+        ("--shape tiny -p 0 -n 0", "nothing to measure"),
+        ("--shape tiny -p 5,x", "'5,x' is no list of numbers"),
+        ("--shape tiny -p 8 -d 60", "needs 68 positions, the context has 64"),
+        ("--shape huge", "no shape 'huge'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(cli, args, said):
+    code, out, err = cli(args)
+    assert code == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said in line
+
+
+def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    newer = replace(found, date="2026-02-02T00:00:00+00:00", bandwidth=[30e9])
+    (results / "b.json").write_text(report.as_json(found))
+    (results / "a.json").write_text(report.as_json(newer))
+    compared = {
+        "shape": "some",
+        "threads": 2,
+        "kernels": "avx2",
+        "test": "tg128",
+        "median": {"pyllama-dist": 33, "llama.cpp": 20, "llama.cpp fa": 30},
+        "compared_with": "llama.cpp fa",
+        "ratio": {"median": 1.1, "min": 1, "max": 1.25},
+    }
+    comparison = {"kind": "llamacpp", "date": found.date, "machine": {"cpu": "A CPU"}}
+    comparison["results"] = [compared]
+    (results / "c.json").write_text(json.dumps(comparison))
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    script = Path(__file__).parents[1] / "bench" / "results_table.py"
+    write_tables = runpy.run_path(str(script))["main"]
+    monkeypatch.setattr(sys, "argv", ["x", "--readme", str(readme), "--results", str(results)])
+    for _ in range(2):  # a second time changes nothing
+        write_tables()
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- results -->\n| machine |")
+        assert text.endswith("\n<!-- /results -->\nafter\n")
+        assert "old" not in text
+        assert "| A CPU | some | portable | 2 × 1 | tg10 @ d5 | 7.5 | 8.4 | 28 |" in text
+        assert text.count("tg10") == 1
+        assert "| A CPU | some | avx2 | 1 × 2 | tg128 | 33.0 | 30.0 | 1.10 (1.00 to 1.25) |" in text
+    readme.write_text("no place")
+    with pytest.raises(SystemExit, match="<!-- results -->"):
+        write_tables()
+    readme.write_text("<!-- results --><!-- /results -->")
+    (results / "d.json").write_text('{"kind": "poem"}')
+    with pytest.raises(SystemExit, match=r"d\.json: no results that this script knows.*poem"):
+        write_tables()
