@@ -15,6 +15,8 @@ _COMMANDS = {
     "worker": "Serve a root with this machine's cores and memory.",
     "convert": "Make a model from a Hugging Face checkpoint.",
     "inspect": "Show what is in a model.",
+    "doctor": "Show what this machine offers, and what slows it down.",
+    "bench": "Measure what a model does on these machines.",
     "logits": "Write the logits of a sequence of tokens.",
     "tokenize": "Show the tokens of a text.",
 }
