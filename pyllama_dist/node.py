@@ -1,13 +1,15 @@
 """A node: a program, the executor that runs it, and the connections to the other nodes."""
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.executor import Executor
-from pyllama_dist.net.collectives import exchange
+from pyllama_dist.net.collectives import Exchange
 from pyllama_dist.net.transport import LostError, Mesh
-from pyllama_dist.program import Batch, Program
+from pyllama_dist.program import Batch, Program, Rows
 
 
 @dataclass
@@ -36,7 +38,10 @@ class Node:
         self.program, self.executor, self.mesh = program, executor, mesh
         self.timeout = timeout
         self.spent = Spent()
-        self._rows = {pipe.name: pipe.rows for pipe in program.pipes}
+        self._segments = [
+            (segment.name, exchanges)
+            for segment, exchanges in zip(program.segments, self._exchanges(), strict=True)
+        ]
 
     def step(self, number: int, batch: Batch) -> None:
         """Runs the program on a batch; the batch must have been checked.
@@ -45,36 +50,47 @@ class Node:
             LostError: a peer is gone or late; the message says in which segment.
             ProtocolError: a peer is at another step.
         """
+        rows: dict[Rows, int] = {"batch": len(batch.slots), "logits": len(batch.logits)}
+        spent = self.spent
         try:
             self.executor.begin(batch)
-            place = 0
-            for i, segment in enumerate(self.program.segments):
+            for i, (name, exchanges) in enumerate(self._segments):
                 started = time.perf_counter()
                 self.executor.run(i)
                 computed = time.perf_counter()
-                self.spent.compute_seconds += computed - started
-                for sync in segment.syncs:
-                    if self.mesh is None:
-                        raise NodeError("a program for several nodes, and no connections")
-                    rows = batch.slots if self._rows[sync.pipe] == "batch" else batch.logits
-                    try:
-                        self.spent.bytes_moved += exchange(
-                            self.mesh,
-                            sync.kind,
-                            self.executor.memory.pipes[sync.pipe],
-                            node=self.program.node,
-                            n_nodes=self.program.n_nodes,
-                            rows=len(rows),
-                            step=number,
-                            sync=place,
-                            timeout=self.timeout,
-                        )
-                    except LostError as lost:
-                        where = f"step {number}, after {segment.name}"
-                        raise LostError(f"{lost.detail} ({where})", lost.culprit) from None
-                    except ProtocolError as error:
-                        raise ProtocolError(f"{error} (after {segment.name})") from None
-                    place += 1
-                self.spent.sync_seconds += time.perf_counter() - computed
+                spent.compute_seconds += computed - started
+                if not exchanges:
+                    continue
+                try:
+                    for kind, exchange in exchanges:
+                        spent.bytes_moved += exchange.run(rows[kind], number, self.timeout)
+                except LostError as lost:
+                    where = f"step {number}, after {name}"
+                    raise LostError(f"{lost.detail} ({where})", lost.culprit) from None
+                except ProtocolError as error:
+                    raise ProtocolError(f"{error} (after {name})") from None
+                spent.sync_seconds += time.perf_counter() - computed
         finally:
             self.executor.end()
+
+    def _exchanges(self) -> Iterator[list[tuple[Rows, Exchange]]]:
+        """The exchanges after each segment, and of which rows they are."""
+        kinds = {pipe.name: pipe.rows for pipe in self.program.pipes}
+        places = itertools.count()
+        for segment in self.program.segments:
+            if segment.syncs and self.mesh is None:
+                raise NodeError("a program for several nodes, and no connections")
+            yield [
+                (
+                    kinds[sync.pipe],
+                    Exchange(
+                        self.mesh,
+                        sync.kind,
+                        self.executor.memory.pipes[sync.pipe],
+                        node=self.program.node,
+                        n_nodes=self.program.n_nodes,
+                        sync=next(places),
+                    ),
+                )
+                for sync in segment.syncs
+            ]

@@ -15,62 +15,81 @@ class Slots(Protocol):
         """The first rows of a slot, with `head` bytes before them."""
 
 
-def exchange(
-    mesh: Mesh,
-    kind: SyncKind,
-    pipe: Slots,
-    *,
-    node: int,
-    n_nodes: int,
-    rows: int,
-    step: int,
-    sync: int,
-    timeout: float,
-) -> int:
-    """One exchange of a pipe, in place.
+class Exchange:
+    """One exchange of a program, in place, made ready once for all steps."""
 
-    Args:
-        mesh: the connections to all other nodes.
-        kind: who sends to whom.
-        pipe: its slots.
-        node: this node.
-        n_nodes: all nodes.
-        rows: rows that travel.
-        step: number of the step.
-        sync: place of the sync in the program.
-        timeout: seconds to wait for the others.
+    def __init__(
+        self, mesh: Mesh, kind: SyncKind, pipe: Slots, *, node: int, n_nodes: int, sync: int
+    ) -> None:
+        """An exchange.
 
-    Returns:
-        Bytes sent and received.
+        Args:
+            mesh: the connections to all other nodes.
+            kind: who sends to whom.
+            pipe: its slots.
+            node: this node.
+            n_nodes: all nodes.
+            sync: place of the sync in the program.
+        """
+        self._mesh, self._pipe, self._sync = mesh, pipe, sync
+        # Each node begins with the one after it, so that not all of them send to the same one.
+        others = tuple((node + i) % n_nodes for i in range(1, n_nodes))
+        match kind:
+            case SyncKind.WITH_ROOT:
+                own, to, sources = 0, () if node else others, {0: 0} if node else {}
+            case SyncKind.NODE_SLICES:
+                own, to, sources = node, others, {i: i for i in others}
+            case SyncKind.NODE_SLICES_EXCEPT_ROOT:
+                own, to, sources = (
+                    node,
+                    (0,) if node else (),
+                    {} if node else {i: i for i in others},
+                )
+        self._own, self._to = own, to
+        self._sources: dict[int, int] = sources  # node: the slot that it sends
+        self._rows = 0  # that the frames below hold
+        self._sent = memoryview(b"")
+        self._received: dict[int, memoryview] = {}
 
-    Raises:
-        LostError: a peer is gone or late.
-        ProtocolError: a peer is at another step.
-    """
-    if rows == 0:
-        return 0
-    others = [i for i in range(n_nodes) if i != node]
-    match kind:
-        case SyncKind.WITH_ROOT:
-            own, to, sources = 0, others if node == 0 else [], {} if node == 0 else {0: 0}
-        case SyncKind.NODE_SLICES:
-            own, to, sources = node, others, {i: i for i in others}
-        case SyncKind.NODE_SLICES_EXCEPT_ROOT:
-            own, to = node, [] if node == 0 else [0]
-            sources = {i: i for i in others} if node == 0 else {}
-    moved = 0
-    if to:
-        frame = pipe.frame(own, rows, HEAD)
-        write_head(frame, step, sync)
-        for other in to:
-            mesh.send(other, frame, timeout)
-            moved += len(frame)
-    if sources:
-        frames = {other: pipe.frame(slot, rows, HEAD) for other, slot in sources.items()}
-        for other, received in mesh.receive(frames, timeout):
-            try:
-                check_head(frames[other], received, step, sync)
-            except ProtocolError as error:
-                raise ProtocolError(f"node {other}: {error}") from None
-            moved += received
-    return moved
+    def run(self, rows: int, step: int, timeout: float) -> int:
+        """Sends and receives.
+
+        Args:
+            rows: rows that travel.
+            step: number of the step.
+            timeout: seconds to wait for the others.
+
+        Returns:
+            Bytes sent and received.
+
+        Raises:
+            LostError: a peer is gone or late.
+            ProtocolError: a peer is at another step.
+        """
+        if rows == 0:
+            return 0
+        if rows != self._rows:
+            self._cut(rows)
+        moved = 0
+        if self._to:
+            write_head(self._sent, step, self._sync)
+            for other in self._to:
+                self._mesh.send(other, self._sent, timeout)
+            moved += len(self._to) * len(self._sent)
+        if self._received:
+            for other, received in self._mesh.receive(self._received, timeout):
+                try:
+                    check_head(self._received[other], received, step, self._sync)
+                except ProtocolError as error:
+                    raise ProtocolError(f"node {other}: {error}") from None
+                moved += received
+        return moved
+
+    def _cut(self, rows: int) -> None:
+        """Makes frames of so many rows; most steps have as many as the one before."""
+        if self._to:
+            self._sent = self._pipe.frame(self._own, rows, HEAD)
+        self._received = {
+            other: self._pipe.frame(slot, rows, HEAD) for other, slot in self._sources.items()
+        }
+        self._rows = rows

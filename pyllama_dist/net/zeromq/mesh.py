@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +15,8 @@ from pyllama_dist.net.zeromq.sockets import (
     CLOSED,
     GOODBYE_MS,
     LOST,
+    NOBLOCK,
+    SPIN_SECONDS,
     Context,
     Socket,
     Watched,
@@ -23,8 +24,10 @@ from pyllama_dist.net.zeromq.sockets import (
     close_socket,
     connect,
     events,
+    give_way,
     open_socket,
     poll,
+    readable,
 )
 
 
@@ -101,20 +104,20 @@ class ZmqMesh:
         self, frames: Mapping[int, memoryview], timeout: float
     ) -> Iterator[tuple[int, int]]:
         """See `Mesh`."""
-        deadline = time.monotonic() + timeout
         pending = dict(frames)
+        started = time.monotonic()
         while True:
-            for node in list(pending):
+            for node in tuple(pending):
                 socket = self._peers[node].socket
-                try:
-                    received = socket.recv_into(pending[node], flags=zmq.NOBLOCK)
-                except zmq.Again:
-                    continue
-                del pending[node]
-                yield node, received
+                if readable(socket):
+                    yield node, socket.recv_into(pending.pop(node), flags=NOBLOCK)
             if not pending:
                 return
+            if time.monotonic() - started < SPIN_SECONDS:
+                give_way()
+                continue
             watched = [(self._peers[node].socket, zmq.POLLIN) for node in pending]
+            deadline = started + timeout
             if time.monotonic() > deadline or not self._poll(watched, deadline):
                 names = ", ".join(self._names[node] for node in pending)
                 raise LostError(f"sent nothing for {timeout:.0f} s", names)
@@ -160,10 +163,12 @@ class ZmqMesh:
     def _send(self, node: int, frame: Raw, deadline: float) -> None:
         socket = self._peers[node].socket
         while True:
-            with suppress(zmq.Again):
+            try:
                 # Copied: the pipe is written again before ZeroMQ's own thread has sent a frame.
-                socket.send(frame, zmq.NOBLOCK, copy=True)
+                socket.send(frame, NOBLOCK, copy=True)
                 return
+            except zmq.Again:
+                pass
             if time.monotonic() > deadline or not self._poll([(socket, zmq.POLLOUT)], deadline):
                 raise LostError("no room to send to it; is it reachable?", self._names[node])
 

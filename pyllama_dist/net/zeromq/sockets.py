@@ -1,8 +1,9 @@
 """What all our sockets have in common: options, deadlines, and an eye on their connections."""
 
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -32,6 +33,13 @@ REFUSED = (
 
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _NAP = 0.25  # seconds
+
+# How long a node looks for a frame again and again before it sleeps until it comes: ...
+SPIN_SECONDS = float(os.environ.get("SPIN", 300)) * 1e-6
+give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+# As numbers: pyzmq's names cost 1 us each time they are used.
+NOBLOCK, _EVENTS, _POLLIN = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
 
 
 def open_socket(context: Context, kind: int, limit: int, events: int) -> tuple[Socket, Socket]:
@@ -99,6 +107,11 @@ def connect(socket: Socket, address: object) -> None:
         raise errors.NodeError(
             f"cannot connect to {address}: {error}; is the address right?"
         ) from None
+
+
+def readable(socket: Socket) -> bool:
+    """Whether a frame has come."""
+    return bool(int(socket.getsockopt(_EVENTS)) & _POLLIN)
 
 
 def poll(watched: Sequence[Watched], deadline: float | None) -> set[Socket]:
