@@ -51,7 +51,7 @@ class Cluster:
     local_workers: int = 0
     n_threads: int | None = None  # of each node on this machine; None: share out the cores
     sync: FloatType = FloatType.Q80
-    cache: FloatType | None = None  # None: as fine as the weights are, F32 or F16
+    cache: FloatType | None = None  # of keys and values; None: what suits the model
     max_seq_len: int | None = None
     timeout: float = 60.0
     notice: Callable[[str], None] = field(default=lambda text: None)
@@ -91,18 +91,28 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         raise UsageError(
             f"a model of dim {config.dim} has no whole Q80 blocks; add --buffer-float-type f32"
         )
+    if cluster.cache is FloatType.Q80 and config.head_dim % FloatType.Q80.block:
+        raise UsageError(
+            f"heads of {config.head_dim} values are no whole Q80 blocks; use --kv-cache-type f16"
+        )
     seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
     plan = Plan(
         shares(config, n),
         sync=cluster.sync,
-        cache=cluster.cache
-        or (FloatType.F32 if config.weights is FloatType.F32 else FloatType.F16),
+        cache=cluster.cache or _cache_type(config),
         max_rows=MAX_ROWS,
         max_logits=MAX_LOGITS,
         n_slots=1,
         seq_len=seq_len,
     )
     return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
+
+
+def _cache_type(config: ModelConfig) -> FloatType:
+    """How keys and values are kept if nobody says: as activations are, where heads allow it."""
+    if config.weights is FloatType.F32:
+        return FloatType.F32
+    return FloatType.F16 if config.head_dim % FloatType.Q80.block else FloatType.Q80
 
 
 @contextmanager

@@ -78,19 +78,17 @@ class Node:
         kinds = {pipe.name: pipe.rows for pipe in self.program.pipes}
         places = itertools.count()
         for segment in self.program.segments:
-            if segment.syncs and self.mesh is None:
-                raise NodeError("a program for several nodes, and no connections")
-            yield [
-                (
-                    kinds[sync.pipe],
-                    Exchange(
-                        self.mesh,
-                        sync.kind,
-                        self.executor.memory.pipes[sync.pipe],
-                        node=self.program.node,
-                        n_nodes=self.program.n_nodes,
-                        sync=next(places),
-                    ),
+            exchanges = []
+            for sync in segment.syncs:
+                if self.mesh is None:
+                    raise NodeError("a program for several nodes, and no connections")
+                exchange = Exchange(
+                    self.mesh,
+                    sync.kind,
+                    self.executor.memory.pipes[sync.pipe],
+                    node=self.program.node,
+                    n_nodes=self.program.n_nodes,
+                    sync=next(places),
                 )
-                for sync in segment.syncs
-            ]
+                exchanges.append((kinds[sync.pipe], exchange))
+            yield exchanges

@@ -87,7 +87,7 @@ def cluster_options(command: _F) -> _F:
             option(
                 "--kv-cache-type",
                 type=click.Choice(["f32", "f16", "q80"]),
-                help="How keys and values are kept. [default: f16; f32 where the weights are]",
+                help="How keys and values are kept. [default: q80; f32 where the weights are]",
             ),
             option(
                 "--max-seq-len",
