@@ -2,7 +2,6 @@
 
 import threading
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,12 +9,11 @@ import pytest
 from pyllama_dist.config import Arch, FloatType
 from pyllama_dist.errors import UsageError
 from pyllama_dist.executor import make_executor
-from pyllama_dist.executor.compiled import CompiledExecutor, _table
+from pyllama_dist.executor.compiled import CompiledExecutor
 from pyllama_dist.executor.memory import Memory, planned_bytes
 from pyllama_dist.executor.reference import ReferenceExecutor
 from pyllama_dist.program import Add, Batch, Buffer, Program, Rope, Segment, weights
-from pyllama_kernels import layout, oploop, team
-from pyllama_kernels.oploop import Code
+from pyllama_kernels import layout, team
 from pyllama_kernels.pages import read_positions
 
 WEIGHTS = pytest.mark.parametrize(
@@ -260,11 +258,45 @@ def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
     assert not kernel_threads()
 
 
-def test_a_command_without_ops_is_not_given_to_the_team():
-    # Nobody would have to arrive at a barrier: a thread might read it half, the next one twice.
+def test_a_part_that_was_taken_late_is_none():
+    """A thread may be put aside for long, between any two instructions."""
     state = team.new_state()
-    oploop.lead(np.zeros(1, oploop.OP), 0, 0, np.zeros(5, np.int64), state, 2)
-    np.testing.assert_array_equal(state, team.new_state())
+    team.open_op(state, 7, 2)
+    assert [team.take_part(state) for _ in range(3)] == [(7, 2, 0), (7, 2, 1), (7, 2, 2)]
+    assert not team.is_last(state, 2)
+    assert team.is_last(state, 2)
+    team.open_op(state, 8, 3)
+    assert team.take_part(state) == (8, 3, 0)
+    team.wait_for_next(state, 7)  # returns at once: op 7 is over
+    team.open_op(state, 9, 0)
+    assert team.take_part(state)[1] == 0  # nothing is open
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_nobody_waits_for_a_thread_that_does_not_come(tiny, run_of, n_threads, monkeypatch):
+    model = tiny(weights=FloatType.Q40)
+    batch = run_of(0, TOKENS)
+    with compiled(model, 1) as alone:
+        expected = step(model, alone, TOKENS, batch)
+    with compiled(model, n_threads) as executor:
+        monkeypatch.setattr(executor, "_enter", [])  # the others are never called
+        np.testing.assert_array_equal(step(model, executor, TOKENS, batch), expected)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("n_threads", [2, 4])
+def test_threads_that_come_too_late_do_no_harm(tiny, run_of, n_threads):
+    """They enter when the step is over, or in the middle of a later one."""
+    model = tiny(weights=FloatType.Q40)
+    batch = run_of(0, TOKENS)
+    with compiled(model, 1) as alone:
+        expected = step(model, alone, TOKENS, batch)
+    with compiled(model, n_threads) as executor:
+        for i in range(100):
+            for enter in executor._enter:
+                for _ in range(i % 3):
+                    enter.put(True)
+            np.testing.assert_array_equal(step(model, executor, TOKENS, batch), expected)
 
 
 @pytest.mark.parametrize("n_threads", [2, 5])
@@ -291,59 +323,6 @@ def test_segments_without_ops_do_not_confuse_the_team(n_threads):
                 executor.run(segment)
             executor.end()
             np.testing.assert_array_equal(total, np.full((5, 1), 40))
-
-
-# --- barriers
-
-
-def table_of(model):
-    program = model.programs(3)[1]
-    return program, *_table(program, Memory(program))
-
-
-def stretches(table):
-    """Rows of the table that threads work on without waiting for each other."""
-    found = [[]]
-    for row in table:
-        found[-1].append(row)
-        if row["barrier"]:
-            found.append([])
-    assert not found.pop()  # the last row has a barrier
-    return found
-
-
-def reads(row):
-    changed_in_place = row["code"] in (Code.ROPE, Code.ADD, Code.JOIN)
-    return {row[field] for field in ("a", "b", "c")} | ({row["out"]} if changed_in_place else set())
-
-
-@ARCHS
-def test_between_barriers_no_op_needs_another(tiny, arch):
-    _, table, _ = table_of(tiny(arch=arch, weights=FloatType.Q40))
-    for stretch in stretches(table):
-        for i, later in enumerate(stretch):
-            for earlier in stretch[:i]:
-                assert earlier["out"] not in reads(later) | {later["out"]}
-                assert later["out"] not in reads(earlier)
-
-
-@ARCHS
-def test_ops_that_need_nothing_of_each_other_share_a_barrier(tiny, arch):
-    model = tiny(arch=arch, weights=FloatType.Q40)
-    _, table, _ = table_of(model)
-    codes = [[Code(row["code"]) for row in stretch] for stretch in stretches(table)]
-    assert codes.count([Code.MATMUL_Q40] * 3) == model.config.n_layers  # q, k, v
-    assert codes.count([Code.MATMUL_Q40] * 2) == model.config.n_layers  # gate, up
-    for together in ([Code.ATTEND], [Code.JOIN]):  # all threads fill the parts that are joined
-        assert codes.count(together) == model.config.n_layers
-
-
-def test_a_segment_ends_with_a_barrier(tiny):
-    program, table, starts = table_of(tiny())
-    assert len(starts) == len(program.segments) + 1
-    assert starts[-1] == len(table)
-    for first, last in pairwise(starts):
-        assert first == last or table[last - 1]["barrier"]
 
 
 # --- kernels and memory

@@ -1,8 +1,8 @@
 """The compiled op loop: a table of ops, and the threads that work through it together.
 
-A row of the table is one op: its code, the addresses of its memory and its sizes. All threads run
-the same ops at the same time, each on its own part, with a barrier after each op. Splitting is by
-outputs (rows of a matrix, heads, blocks), so that no result depends on the number of threads.
+A row of the table is one op: its code, the addresses of its memory and its sizes. An op is cut into
+parts by its outputs (rows of a matrix, heads, blocks), so that no result depends on the number of
+threads or on who does which part: see `team`.
 """
 
 from enum import IntEnum
@@ -24,7 +24,16 @@ from pyllama_kernels.lowlevel import (
     int64_pointer,
     uint8_pointer,
 )
-from pyllama_kernels.team import COMMAND, FIRST, LAST, barrier, wait_while
+from pyllama_kernels.team import (
+    COMMAND,
+    LAST,
+    LEAVING,
+    is_last,
+    open_op,
+    take_part,
+    wait_for_command,
+    wait_for_next,
+)
 
 matmul_q40 = cpu.load(cpu.choose().name).matmul_q40
 
@@ -54,7 +63,6 @@ class Code(IntEnum):
 OP = np.dtype(
     [
         ("code", np.int64),
-        ("barrier", np.int64),  # 1: what comes next needs what the whole team did up to here
         ("logits", np.int64),  # 0: a row for each row of the batch; 1: for each row with logits
         ("a", np.int64),  # first input
         ("b", np.int64),  # second input: up, value cache, sin
@@ -84,6 +92,10 @@ OP = np.dtype(
 N_ROWS, N_LOGITS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(8)
 STEP_WORDS = 8
 
+_SHARES = 4  # parts for each thread of what takes long: a thread that is slow gets fewer
+_PRODUCTS = 1 << 17  # in a part of a matrix product, at least
+_NUMBERS = 1 << 12  # in a part of anything else, at least
+
 
 @kernel
 def f32(address: int, *shape: int) -> Any:
@@ -110,59 +122,75 @@ def i64(address: int, n: int) -> Any:
 
 
 @kernel
-def share(total: int, thread: int, n_threads: int) -> tuple[int, int]:
-    """The part of `total` things that a thread does: start and stop."""
-    return total * thread // n_threads, total * (thread + 1) // n_threads
+def share(total: int, part: int, parts: int) -> tuple[int, int]:
+    """A part of `total` things: start and stop."""
+    return total * part // parts, total * (part + 1) // parts
 
 
 @kernel
-def run_op(op: Any, step: Any, thread: int, n_threads: int) -> None:
-    """One thread's part of one op."""
+def count_parts(op: Any, step: Any, n_threads: int) -> int:
+    """Into how many parts an op is cut: enough for all threads, none too small to be worth it."""
     rows = step[N_LOGITS] if op.logits else step[N_ROWS]
-    if rows == 0:
-        return
+    if n_threads == 1 or rows == 0:
+        return min(rows, 1)
+    code, n = op.code, op.n
+    if code == Code.MATMUL_Q40 or code == Code.MATMUL_F32 or code == Code.MATMUL_Q80:
+        return min(_SHARES * n_threads, 1 + rows * n * op.m // _PRODUCTS)
+    if code == Code.ATTEND:
+        seen = rows * i64(step[POSITIONS], rows).max()
+        return min(_SHARES * n_threads, 1 + seen * op.heads * n // _PRODUCTS)
+    if code == Code.RMS_NORM or code == Code.GATHER:
+        return min(rows, n_threads)
+    heads = op.heads if op.heads else 1
+    return min(n_threads, 1 + rows * heads * n // _NUMBERS)
+
+
+@kernel
+def run_part(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
+    """One part of an op, by one thread."""
+    rows = step[N_LOGITS] if op.logits else step[N_ROWS]
     code, n, m = op.code, op.n, op.m
 
     if code == Code.RMS_NORM:
-        a, z = share(rows, thread, n_threads)
+        a, z = share(rows, part, parts)
         x, out = f32(op.a, rows, n), f32(op.out, rows, n)
         ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
 
     elif code == Code.QUANTIZE:
-        a, z = share(rows * (n // BLOCK), thread, n_threads)
+        a, z = share(rows * (n // BLOCK), part, parts)
         ops.quantize(f32(op.a, rows, n), a, z, activations(op.out, rows, n))
 
     elif code == Code.PACK_Q80:
         blocks = rows * (n // BLOCK)
-        a, z = share(blocks, thread, n_threads)
+        a, z = share(blocks, part, parts)
         ops.pack_q80(f32(op.a, blocks, BLOCK)[a:z], u8(op.out, blocks, 34)[a:z])
 
     elif code == Code.MATMUL_F32:
-        a, z = share(m, thread, n_threads)
+        a, z = share(m, part, parts)
         x, w, out = f32(op.a, rows, n), f32(op.w, m, n), f32(op.out, rows, m)
         ops.matmul_f32(x, w[a:z], bias(op, a, z), out[:, a:z])
 
     elif code == Code.MATMUL_Q40:
         groups = packed_rows(m) // GROUP
-        a, z = share(groups, thread, n_threads)
+        a, z = share(groups, part, parts)
         w = u8(op.w, groups, n // BLOCK, GROUP_BYTES)[a:z]
         a, z = a * GROUP, min(m, z * GROUP)
         out = f32(op.out, rows, m)[:, a:z]
         matmul_q40(activations(op.a, rows, n), rows, w, bias(op, a, z), out)
 
     elif code == Code.MATMUL_Q80:
-        a, z = share(m, thread, n_threads)
+        a, z = share(m, part, parts)
         w, out = u8(op.w, m, n // BLOCK, 34), f32(op.out, rows, m)
         ops.matmul_q80(activations(op.a, rows, n), rows, w[a:z], bias(op, a, z), out[:, a:z])
 
     elif code == Code.ROPE:
-        a, z = share(op.heads, thread, n_threads)
+        a, z = share(op.heads, part, parts)
         cos, sin = f32(op.c, op.seq_len, m), f32(op.b, op.seq_len, m)
         x = f32(op.out, rows, op.heads, n)
         ops.rope(i64(step[POSITIONS], rows), cos, sin, x[:, a:z])
 
     elif code == Code.STORE_KEYS or code == Code.STORE_VALUES:
-        a, z = share(op.heads, thread, n_threads)
+        a, z = share(op.heads, part, parts)
         slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
         cache = u8(op.out, op.n_slots, op.heads, op.pages, op.page_bytes)[:, a:z]
         x = f32(op.a, rows, op.heads, n)[:, a:z]
@@ -187,39 +215,39 @@ def run_op(op: Any, step: Any, thread: int, n_threads: int) -> None:
             f32(step[PARTS], rows, op.heads, count_chunks(positions), n + 2),
             f32(op.out, rows, op.heads, n),
             step[SCRATCH] + thread * step[SCRATCH_BYTES],
-            thread,
-            n_threads,
+            part,
+            parts,
         )
 
     elif code == Code.JOIN:
         chunks = count_chunks(i64(step[POSITIONS], rows))
         if chunks > 1:
-            a, z = share(op.heads, thread, n_threads)
-            parts = f32(step[PARTS], rows, op.heads, chunks, n + 2)
-            join(parts, a, z, f32(op.out, rows, op.heads, n))
+            a, z = share(op.heads, part, parts)
+            found = f32(step[PARTS], rows, op.heads, chunks, n + 2)
+            join(found, a, z, f32(op.out, rows, op.heads, n))
 
     elif code == Code.SILU_MUL:
-        a, z = share(rows * n, thread, n_threads)
+        a, z = share(rows * n, part, parts)
         gate, up, y = f32(op.a, rows * n), f32(op.b, rows * n), f32(op.out, rows * n)
         ops.silu_mul(gate[a:z], up[a:z], y[a:z])
 
     elif code == Code.MERGE_F32:
-        a, z = share(rows * n, thread, n_threads)
-        parts = f32(op.a, op.parts, op.stride // 4)
-        ops.merge_f32(parts[:, a:z], f32(op.out, rows * n)[a:z])
+        a, z = share(rows * n, part, parts)
+        slots_ = f32(op.a, op.parts, op.stride // 4)
+        ops.merge_f32(slots_[:, a:z], f32(op.out, rows * n)[a:z])
 
     elif code == Code.MERGE_Q80:
         blocks = rows * (n // 32)
-        a, z = share(blocks, thread, n_threads)
-        parts_ = u8(op.a, op.parts, op.stride // 34, 34)
-        ops.merge_q80(parts_[:, a:z], f32(op.out, blocks, 32)[a:z])
+        a, z = share(blocks, part, parts)
+        packed = u8(op.a, op.parts, op.stride // 34, 34)
+        ops.merge_q80(packed[:, a:z], f32(op.out, blocks, 32)[a:z])
 
     elif code == Code.ADD:
-        a, z = share(rows * n, thread, n_threads)
+        a, z = share(rows * n, part, parts)
         ops.add(f32(op.a, rows * n)[a:z], f32(op.out, rows * n)[a:z])
 
     elif code == Code.GATHER:
-        a, z = share(rows, thread, n_threads)
+        a, z = share(rows, part, parts)
         x, out = f32(op.a, step[N_ROWS], n), f32(op.out, rows, n)
         ops.gather(x, i64(step[LOGITS], rows)[a:z], out[a:z])
 
@@ -238,55 +266,69 @@ def bias(op: Any, a: int, z: int) -> Any:
 
 
 @kernel
-def run_ops(
-    table: Any, first: int, last: int, step: Any, state: Any, thread: int, n_threads: int
-) -> None:
-    """One thread's part of the ops from `first` to before `last`.
+def open_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> None:
+    """Opens op i of the table or, if it has nothing to do, the next one that has."""
+    last, parts = atomic_load(state, LAST), 0
+    while i < last:
+        parts = count_parts(table[i], step, n_threads)
+        if parts > 0:
+            break
+        i += 1
+    open_op(state, i, parts)
+
+
+@kernel
+def work(table: Any, step: Any, state: Any, thread: int, n_threads: int) -> None:
+    """Takes part after part until no op is open.
 
     Args:
         table: [n] OP.
-        first: the first op.
-        last: the op after the last one.
         step: int64, see `N_ROWS`.
         state: the words of the team.
-        thread: 0 for the thread that leads.
+        thread: this thread; 0 leads.
         n_threads: in the team.
     """
-    for i in range(first, last):
-        run_op(table[i], step, thread, n_threads)
-        if table[i].barrier:
-            barrier(state, n_threads)
+    while True:
+        i, parts, part = take_part(state)
+        if parts == 0:
+            return
+        if part >= parts:
+            wait_for_next(state, i)
+            continue
+        run_part(table[i], step, part, parts, thread)
+        if is_last(state, parts):
+            open_next(table, i + 1, step, state, n_threads)
 
 
 @kernel
 def lead(table: Any, first: int, last: int, step: Any, state: Any, n_threads: int) -> None:
-    """Runs the ops from `first` to before `last` with the whole team; arguments as in `run_ops`."""
-    if first == last:
-        return  # without a barrier the next command would overwrite this one while it is read
+    """Runs the ops from `first` to before `last` with the whole team; arguments as in `work`."""
+    atomic_store(state, LAST, last)
+    open_next(table, first, step, state, n_threads)
     if n_threads > 1:
-        atomic_store(state, FIRST, first)
-        atomic_store(state, LAST, last)
         atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
-    run_ops(table, first, last, step, state, 0, n_threads)
+    work(table, step, state, 0, n_threads)
+
+
+@kernel
+def call(state: Any) -> None:
+    """A step begins: threads that follow are to stay."""
+    atomic_store(state, LEAVING, 0)
 
 
 @kernel
 def dismiss(state: Any) -> None:
-    """Tells the threads that follow to leave."""
-    atomic_store(state, FIRST, 0)
-    atomic_store(state, LAST, -1)
+    """The step is over: threads that follow leave. A late one may miss it and stay for the next."""
+    atomic_store(state, LEAVING, 1)
     atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
 
 
 @kernel
-def follow(table: Any, step: Any, state: Any, command: int, thread: int, n_threads: int) -> None:
-    """Runs what the leading thread commands until it says to leave.
-
-    Arguments as in `run_ops`; `command` is the number of the last command already carried out.
-    """
+def follow(table: Any, step: Any, state: Any, thread: int, n_threads: int) -> None:
+    """Helps with what the leading thread commands until it says to leave; see `work`."""
     while True:
-        command = wait_while(state, COMMAND, command)
-        first, last = atomic_load(state, FIRST), atomic_load(state, LAST)
-        if last < first:
+        command = atomic_load(state, COMMAND)
+        work(table, step, state, thread, n_threads)
+        if atomic_load(state, LEAVING):
             return
-        run_ops(table, first, last, step, state, thread, n_threads)
+        wait_for_command(state, command)

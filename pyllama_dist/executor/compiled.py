@@ -1,7 +1,6 @@
 """The fast executor: a program becomes a table of ops, which compiled threads work through."""
 
 import threading
-from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -60,10 +59,8 @@ class CompiledExecutor:
         self._step[oploop.PARTS] = _address(self._attention.parts)
         self._step[oploop.SCRATCH] = _address(self._attention.scratch)
         self._step[oploop.SCRATCH_BYTES] = self._attention.scratch.shape[1]
-        self._command = 0  # of the team, when the step began
         self._stepping = False
         # Not semaphores: those are Python code, which ^C can leave locked.
-        self._left: SimpleQueue[None] = SimpleQueue()
         self._enter: list[SimpleQueue[bool]] = [SimpleQueue() for _ in range(n_threads - 1)]
         self._threads = [
             threading.Thread(target=self._follow, args=(i,), name=f"kernel-{i}", daemon=True)
@@ -77,8 +74,8 @@ class CompiledExecutor:
         self.memory.set_batch(batch)
         self._step[oploop.N_ROWS] = self.memory.n_rows
         self._step[oploop.N_LOGITS] = self.memory.n_logits
-        self._command = int(self._state[team.COMMAND])
         self._stepping = True
+        oploop.call(self._state)
         for enter in self._enter:
             enter.put(True)
 
@@ -92,8 +89,6 @@ class CompiledExecutor:
         if self._stepping:
             self._stepping = False
             oploop.dismiss(self._state)
-            for _ in self._threads:
-                self._left.get()
 
     def close(self) -> None:
         """Ends the threads."""
@@ -118,21 +113,18 @@ class CompiledExecutor:
 
     def _follow(self, thread: int) -> None:
         enter = self._enter[thread - 1]
-        while True:
-            if not enter.get():
-                return
-            oploop.follow(
-                self._table, self._step, self._state, self._command, thread, self._n_threads
-            )
-            self._left.put(None)
+        # Who comes too late for a step finds it over, and leaves at once.
+        while enter.get():
+            oploop.follow(self._table, self._step, self._state, thread, self._n_threads)
 
 
 def warm_up() -> None:
     """Compiles the op loop, or loads it from the cache."""
     table, step, state = np.zeros(1, OP), np.zeros(oploop.STEP_WORDS, np.int64), team.new_state()
+    oploop.call(state)
     oploop.lead(table, 0, 0, step, state, 1)
     oploop.dismiss(state)
-    oploop.follow(table, step, state, 0, 1, 1)
+    oploop.follow(table, step, state, 1, 1)
 
 
 def _address(array: npt.NDArray[Any]) -> int:
@@ -145,52 +137,14 @@ def _table(program: Program, memory: Memory) -> tuple[npt.NDArray[Any], list[int
     rows: list[dict[str, float]] = []
     starts = [0]
     for segment in program.segments:
-        since = _Touched()  # by the ops after the last barrier
         for op in segment.ops:
-            touched = _touched(op)
-            if touched.conflicts(since):
-                rows[-1]["barrier"] = True
-                since = _Touched()
             rows += lowering.rows(op)
-            since |= touched
-        if segment.ops:
-            rows[-1]["barrier"] = True
         starts.append(len(rows))
     table = np.zeros(len(rows), OP)
     for row, fields in zip(table, rows, strict=True):
         for field, value in fields.items():
             row[field] = value
     return table, starts
-
-
-@dataclass(frozen=True)
-class _Touched:
-    """What ops read and write, by name."""
-
-    reads: frozenset[str] = frozenset()
-    writes: frozenset[str] = frozenset()
-
-    def __or__(self, other: "_Touched") -> "_Touched":
-        return _Touched(self.reads | other.reads, self.writes | other.writes)
-
-    def conflicts(self, earlier: "_Touched") -> bool:
-        """Whether this must wait until all threads are done with what came earlier."""
-        return bool(self.reads & earlier.writes or self.writes & (earlier.reads | earlier.writes))
-
-
-def _touched(op: Op) -> _Touched:
-    match op:
-        case StoreKv():
-            reads, writes = {op.keys, op.values}, {op.key_cache, op.value_cache}
-        case Attention():
-            reads, writes = {op.query, op.key_cache, op.value_cache}, {op.target}
-        case SiluMul():
-            reads, writes = {op.gate, op.up}, {op.target}
-        case Rope():
-            reads, writes = {op.target}, {op.target}
-        case RmsNorm() | Quantize() | Matmul() | Merge() | Add() | Gather():
-            reads, writes = {op.source}, {op.target}
-    return _Touched(frozenset(reads), frozenset(writes))
 
 
 class _AttentionMemory:
@@ -256,7 +210,7 @@ class _Lowering:
                 row |= {"heads": self.width(op.query) // self.caches[op.key_cache].head_dim}
                 row |= {"c": _address(m.caches[op.key_cache])}
                 row |= {"b": _address(m.caches[op.value_cache])}
-                row |= {"first": op.first, "group": op.group, "barrier": True}
+                row |= {"first": op.first, "group": op.group}
                 return [row, row | {"code": Code.JOIN}]
             case SiluMul():
                 fields = {"a": self.at(op.gate), "b": self.at(op.up), "n": self.width(op.gate)}

@@ -16,15 +16,14 @@ from pyllama_dist.net.zeromq.sockets import (
     GOODBYE_MS,
     LOST,
     NOBLOCK,
-    SPIN_SECONDS,
     Context,
     Socket,
+    Spin,
     Watched,
     bind,
     close_socket,
     connect,
     events,
-    give_way,
     open_socket,
     poll,
     readable,
@@ -58,6 +57,7 @@ class ZmqMesh:
         self._context, self._host = context, host
         self._peers: dict[int, _Peer] = {}
         self._names: Sequence[str] = ()
+        self._spin = Spin()
 
     def bind(self, nodes: Sequence[int]) -> list[int]:
         """See `Mesh`."""
@@ -106,6 +106,7 @@ class ZmqMesh:
         """See `Mesh`."""
         pending = dict(frames)
         started = time.monotonic()
+        spin_until = started + self._spin.seconds()
         while True:
             for node in tuple(pending):
                 socket = self._peers[node].socket
@@ -113,8 +114,7 @@ class ZmqMesh:
                     yield node, socket.recv_into(pending.pop(node), flags=NOBLOCK)
             if not pending:
                 return
-            if time.monotonic() - started < SPIN_SECONDS:
-                give_way()
+            if time.monotonic() < spin_until and self._spin.give_way():
                 continue
             watched = [(self._peers[node].socket, zmq.POLLIN) for node in pending]
             deadline = started + timeout

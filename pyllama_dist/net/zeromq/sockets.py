@@ -34,9 +34,12 @@ REFUSED = (
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _NAP = 0.25  # seconds
 
-# How long a node looks for a frame again and again before it sleeps until it comes: ...
-SPIN_SECONDS = float(os.environ.get("SPIN", 300)) * 1e-6
-give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+_SPIN = float(os.environ.get("SPIN", 300)) * 1e-6
+_TAKEN = (
+    float(os.environ.get("TAKEN", 300)) * 1e-6
+)  # seconds: ZeroMQ's own thread gives the core back sooner, other programs later
+_REST = int(os.environ.get("REST", 200))
+_yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 # As numbers: pyzmq's names cost 1 us each time they are used.
 NOBLOCK, _EVENTS, _POLLIN = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
@@ -107,6 +110,33 @@ def connect(socket: Socket, address: object) -> None:
         raise errors.NodeError(
             f"cannot connect to {address}: {error}; is the address right?"
         ) from None
+
+
+class Spin:
+    """Looks for frames again and again before it sleeps until one comes: that wakes up faster.
+
+    Between two looks the core is offered to others. If one takes it, there are more threads than
+    cores: then the core is left to them for a while.
+    """
+
+    def __init__(self) -> None:
+        self._rest = 0  # waits that sleep at once
+
+    def seconds(self) -> float:
+        """How long to look this time."""
+        if self._rest:
+            self._rest -= 1
+            return 0.0
+        return _SPIN
+
+    def give_way(self) -> bool:
+        """Offers the core; whether it was free."""
+        before = time.monotonic()
+        _yield_core()
+        if time.monotonic() - before < _TAKEN:
+            return True
+        self._rest = _REST
+        return False
 
 
 def readable(socket: Socket) -> bool:
