@@ -1,8 +1,8 @@
 """Attention over the pages of a cache, for any number of threads.
 
 The queries that read the same key head are taken together: some rows of the batch, and all heads
-that share the key head. Two pages are unpacked at a time, and serve all these queries: their scores
-are one small product, the weighted sum of the values another, and the softmax is kept running.
+that share the key head. A page serves all of them while it is near: their scores are one small
+product, the weighted sum of the values another, and the softmax is kept running.
 
 A few rows (a decode step) would be too few parts for many threads. There the positions are cut into
 chunks as well, and `join` puts their results together. Chunks have a fixed size, so that the result

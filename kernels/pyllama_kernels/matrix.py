@@ -34,9 +34,9 @@ _SUMS_BYTES = 4 * _MOST * GROUP
 class InstructionSet:
     """What sets one CPU apart from another for this product.
 
-    `dots(asm, quads, x, offset)` adds up one block. `quads` are eight vectors of bytes, each with
-    four inputs of `lanes` rows of weights; `x` is the address of the 32 int8 that they meet,
-    `offset` is -8 times the sum of those. The result is `lanes` int32.
+    Its `Dots` add up one block: of (asm, quads, x, offset), `quads` are eight vectors of bytes,
+    each with four inputs of `lanes` rows of weights; `x` is the address of the 32 int8 that they
+    meet, `offset` is -8 times the sum of those. The result is `lanes` int32.
     """
 
     name: str

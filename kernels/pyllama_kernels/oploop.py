@@ -278,36 +278,43 @@ def open_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> None
 
 
 @kernel
-def work(table: Any, step: Any, state: Any, thread: int, n_threads: int) -> None:
-    """Takes part after part until no op is open.
+def run(
+    table: Any, first: int, last: int, step: Any, state: Any, thread: int, n_threads: int
+) -> None:
+    """Runs ops of the table with the whole team.
+
+    Thread 0 leads: it gives the command and returns when all is done. The others follow: they help
+    with one command after the other, and return when a step is over. One function for both: each
+    further one would hold a copy of all kernels, and take seconds to compile.
 
     Args:
         table: [n] OP.
+        first: the first op, for the thread that leads.
+        last: the op after the last one, likewise.
         step: int64, see `N_ROWS`.
         state: the words of the team.
-        thread: this thread; 0 leads.
+        thread: this thread.
         n_threads: in the team.
     """
-    while True:
-        i, parts, part = take_part(state)
-        if parts == 0:
-            return
-        if part >= parts:
-            wait_for_next(state, i)
-            continue
-        run_part(table[i], step, part, parts, thread)
-        if is_last(state, parts):
-            open_next(table, i + 1, step, state, n_threads)
-
-
-@kernel
-def lead(table: Any, first: int, last: int, step: Any, state: Any, n_threads: int) -> None:
-    """Runs the ops from `first` to before `last` with the whole team; arguments as in `work`."""
-    atomic_store(state, LAST, last)
-    open_next(table, first, step, state, n_threads)
-    if n_threads > 1:
+    if thread == 0:
+        atomic_store(state, LAST, last)
+        open_next(table, first, step, state, n_threads)
         atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
-    work(table, step, state, 0, n_threads)
+    while True:
+        command = atomic_load(state, COMMAND)
+        while True:
+            i, parts, part = take_part(state)
+            if parts == 0:
+                break
+            if part >= parts:
+                wait_for_next(state, i)
+                continue
+            run_part(table[i], step, part, parts, thread)
+            if is_last(state, parts):
+                open_next(table, i + 1, step, state, n_threads)
+        if thread == 0 or atomic_load(state, LEAVING):
+            return
+        wait_for_command(state, command)
 
 
 @kernel
@@ -321,14 +328,3 @@ def dismiss(state: Any) -> None:
     """The step is over: threads that follow leave. A late one may miss it and stay for the next."""
     atomic_store(state, LEAVING, 1)
     atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
-
-
-@kernel
-def follow(table: Any, step: Any, state: Any, thread: int, n_threads: int) -> None:
-    """Helps with what the leading thread commands until it says to leave; see `work`."""
-    while True:
-        command = atomic_load(state, COMMAND)
-        work(table, step, state, thread, n_threads)
-        if atomic_load(state, LEAVING):
-            return
-        wait_for_command(state, command)

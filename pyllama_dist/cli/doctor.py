@@ -166,7 +166,7 @@ def _cache() -> Check:
     found = f"{CACHE}, {size / 1e6:.1f} MB"
     if complete:
         return Check("compiled kernels", _OK, found, facts=facts)
-    advice = "the next start compiles them, which takes some ten seconds, once"
+    advice = "the next start compiles them, which takes some twenty seconds, once"
     return Check("compiled kernels", _NOTE, f"{found}, not complete", advice, facts)
 
 

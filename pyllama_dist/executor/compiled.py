@@ -82,7 +82,7 @@ class CompiledExecutor:
     def run(self, segment: int) -> None:
         """Runs the ops of one segment."""
         first, last = self._starts[segment], self._starts[segment + 1]
-        oploop.lead(self._table, first, last, self._step, self._state, self._n_threads)
+        oploop.run(self._table, first, last, self._step, self._state, 0, self._n_threads)
 
     def end(self) -> None:
         """Ends the step: the team goes to sleep."""
@@ -115,16 +115,15 @@ class CompiledExecutor:
         enter = self._enter[thread - 1]
         # Who comes too late for a step finds it over, and leaves at once.
         while enter.get():
-            oploop.follow(self._table, self._step, self._state, thread, self._n_threads)
+            oploop.run(self._table, 0, 0, self._step, self._state, thread, self._n_threads)
 
 
 def warm_up() -> None:
     """Compiles the op loop, or loads it from the cache."""
     table, step, state = np.zeros(1, OP), np.zeros(oploop.STEP_WORDS, np.int64), team.new_state()
     oploop.call(state)
-    oploop.lead(table, 0, 0, step, state, 1)
+    oploop.run(table, 0, 0, step, state, 0, 1)
     oploop.dismiss(state)
-    oploop.follow(table, step, state, 1, 1)
 
 
 def _address(array: npt.NDArray[Any]) -> int:
