@@ -115,6 +115,8 @@ class Mesh(Protocol):
     ) -> Iterator[tuple[int, int]]:
         """Receives one frame from each of these nodes into the given memory, in any order.
 
+        It may look for them awake for a short while before it sleeps.
+
         Yields:
             The node and the bytes that it sent, each as soon as it has come.
 

@@ -34,11 +34,11 @@ REFUSED = (
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _NAP = 0.25  # seconds
 
-_SPIN = float(os.environ.get("SPIN", 300)) * 1e-6
-_TAKEN = (
-    float(os.environ.get("TAKEN", 300)) * 1e-6
-)  # seconds: ZeroMQ's own thread gives the core back sooner, other programs later
-_REST = int(os.environ.get("REST", 200))
+_SPIN = 300e-6  # seconds: an exchange on one machine takes some 100 us, waking up as much again
+_TAKEN = 300e-6  # seconds: ZeroMQ's own thread gives a core back sooner, another program later
+_REST = 200  # waits without spinning after that, some steps of a model
+
+# Not every system has it.
 _yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 # As numbers: pyzmq's names cost 1 us each time they are used.
