@@ -34,9 +34,9 @@ REFUSED = (
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _NAP = 0.25  # seconds
 
-_SPIN = 300e-6  # seconds: an exchange on one machine takes some 100 us, waking up as much again
+_SPIN = 1e-3  # seconds: an exchange takes some 100 us, and the others' parts a little longer or not
 _TAKEN = 300e-6  # seconds: ZeroMQ's own thread gives a core back sooner, another program later
-_REST = 200  # waits without spinning after that, some steps of a model
+_REST = 20  # waits without spinning after that
 
 # Not every system has it.
 _yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
