@@ -322,7 +322,7 @@ def main() -> None:
             "memory_gb_per_second": {},  # by threads; measured before and after each shape
             "results": [],
         }
-        path: Path = args.o or HERE / "results" / file_name(date, machine.cpu_name())
+        path: Path = args.o or HERE / "results" / file_name(date, str(machine.facts()["cpu"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in measure(args, ours, theirs, report, status.update):
             path.write_text(json.dumps(report, indent=1) + "\n")

@@ -203,6 +203,7 @@ class _OpCheck:
     def attention(self, op: Attention) -> None:
         """The last query head finds its key head."""
         keys, values = self.cache(op.key_cache), self.cache(op.value_cache)
+        _require(isinstance(self.find(op.query), Buffer), "a query must be a buffer")
         width = self.f32(op.query)
         self.same(op.query, op.target)
         self.batch_rows(op.query)

@@ -105,6 +105,7 @@ BAD_OPS = [
     Change(Matmul, {"source": "y"}, "does not go with"),
     Change(Matmul, {"source": "z_q80"}, "q_proj.weight is"),
     Change(Matmul, {"source": "last_y_q80"}, "other rows"),
+    Change(Attention, {"query": "x"}, "must be a buffer"),
     Change(Matmul, {"source": "partials"}, "must be a buffer"),
     Change(Matmul, {"target": "k"}, "q_proj.weight is"),
     Change(Matmul, {"target": "y_q80"}, "not float32"),

@@ -20,7 +20,6 @@ from pyllama_kernels.lowlevel import (
     atomic_load,
     atomic_store,
     float32_pointer,
-    int8_pointer,
     int64_pointer,
     uint8_pointer,
 )
@@ -101,12 +100,6 @@ _NUMBERS = 1 << 12  # in a part of anything else, at least
 def f32(address: int, *shape: int) -> Any:
     """Float32 memory as an array of the given shape."""
     return carray(float32_pointer(address), shape)
-
-
-@kernel
-def i8(address: int, *shape: int) -> Any:
-    """Int8 memory as an array of the given shape."""
-    return carray(int8_pointer(address), shape)
 
 
 @kernel

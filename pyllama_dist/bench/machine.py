@@ -6,36 +6,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
-from llvmlite import binding
 
 from pyllama_dist import __version__
 from pyllama_dist.cluster import available_cores
 from pyllama_kernels.bandwidth import read_bandwidth
+from pyllama_kernels.cpu import features, host
 
-# Those that kernels are written for, as LLVM calls them.
-_FEATURES = (
-    "avx2",
-    "avxvnni",
-    "avx512f",
-    "avx512vnni",
-    "avx512bf16",
-    "amx-int8",
-    "amx-bf16",
-    "neon",
-    "dotprod",
-    "i8mm",
-)
 _BUFFER = 1 << 30  # bytes: no cache holds a part of it that counts
 _LIBRARIES = ("numpy", "numba", "llvmlite", "pyzmq")
 
 
 def facts() -> dict[str, object]:
     """What the machine is."""
-    features = binding.get_host_cpu_features()
+    here = host()
     return {
-        "cpu": cpu_name(),
-        "llvm_cpu": binding.get_host_cpu_name(),
-        "features": [feature for feature in _FEATURES if features.get(feature)],
+        "cpu": here.cpu,
+        "llvm_cpu": here.target,
+        "features": sorted(features()),
         "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -49,19 +36,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{library: version(library) for library in _LIBRARIES},
     }
-
-
-def cpu_name() -> str:
-    """The model of the CPU; of the board where, as on ARM, Linux knows no more."""
-    for path, key in (("/proc/cpuinfo", "model name"), ("/proc/device-tree/model", "")):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError):
-            continue
-        for line in lines:
-            if line.startswith(key):
-                return line.rpartition(":")[2].strip("\0 \t")
-    return platform.processor() or platform.machine()
 
 
 def load_average() -> list[float]:

@@ -128,7 +128,7 @@ def _load(load: float) -> Check:
     found = f"{load:.1f} over the last minute"
     if load < _BUSY * _allowed():
         return Check("load", _OK, found, facts={"load": load})
-    advice = "all threads wait for the slowest: end other programs, or give a lower --nthreads"
+    advice = "others use these cores too: end other programs, or give a lower --nthreads"
     return Check("load", _NOTE, found, advice, {"load": load})
 
 

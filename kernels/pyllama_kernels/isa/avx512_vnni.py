@@ -11,12 +11,13 @@ from pyllama_kernels.simd import I32, Asm, Value
 
 
 def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
-    """See `InstructionSet`."""
-    total = offset
+    """See `InstructionSet`. For 16 rows, or for 8 in half a register."""
+    total, lanes = offset, offset.type.count
     for i, quad in enumerate(quads):
-        inputs = asm.splat(asm.load(I32, x, 4 * i), 16)
+        inputs = asm.splat(asm.load(I32, x, 4 * i), lanes)
         quad = quad.bits_as(total.type)
-        total = asm.call("llvm.x86.avx512.vpdpbusd.512", total.type, total, quad, inputs)
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        total = asm.call(name, total.type, total, quad, inputs)
     return total
 
 
