@@ -14,7 +14,12 @@ from pyllama_dist.program import (
     Batch,
     Buffer,
     Cache,
+    Combine,
+    Concat,
+    Dispatch,
+    ExpertMatmul,
     Gather,
+    LayerNorm,
     Matmul,
     Merge,
     Op,
@@ -23,8 +28,10 @@ from pyllama_dist.program import (
     Quantize,
     RmsNorm,
     Rope,
+    Route,
+    Select,
     SiluMul,
-    StoreKv,
+    Store,
     SyncKind,
     Weight,
     own_slot,
@@ -32,6 +39,7 @@ from pyllama_dist.program import (
 )
 
 MAX_SEGMENTS, MAX_OPS, MAX_SYNCS, MAX_MEMORY = 4096, 65536, 4096, 8192
+MAX_EXPERTS = 256  # for each row
 
 MAX_PIPE_BYTES = 63 << 20  # of a slot: it travels as one frame, and those end at 64 MiB
 
@@ -44,6 +52,8 @@ def check_program(program: Program) -> None:
     """
     if not program.node < program.n_nodes <= 256:
         raise ProtocolError(f"node {program.node} of {program.n_nodes} nodes")
+    if program.n_experts > MAX_EXPERTS:
+        raise ProtocolError(f"{program.n_experts} experts for each row, at most {MAX_EXPERTS}")
     if len(program.segments) > MAX_SEGMENTS:
         raise ProtocolError(f"{len(program.segments)} segments, at most {MAX_SEGMENTS}")
     if sum(len(segment.ops) for segment in program.segments) > MAX_OPS:
@@ -122,6 +132,10 @@ def _blocks(name: str, float_type: FloatType, *widths: int) -> None:
         raise ProtocolError(f"{name} is not whole blocks of {float_type.block}")
 
 
+def _number(name: str, value: float, least: float) -> None:
+    _require(math.isfinite(value) and value >= least, f"{name} is {value}")
+
+
 def _require(holds: bool, what: str) -> None:
     if not holds:
         raise ProtocolError(what)
@@ -140,14 +154,26 @@ class _OpCheck:
         """Raises ProtocolError if the op would leave its memory or misread it."""
         match op:
             case RmsNorm():
+                self.same(op.source, op.target)
+                width = op.weight.shape[1]
+                self.weight(op.weight, (1, width), FloatType.F32)
+                _require(width > 0 and self.f32(op.source) % width == 0, "heads are not whole")
+                _number("epsilon", op.epsilon, 0)
+            case LayerNorm():
                 width = self.f32(op.source)
                 self.same(op.source, op.target)
                 self.weight(op.weight, (1, width), FloatType.F32)
-                _require(math.isfinite(op.epsilon) and op.epsilon >= 0, "epsilon is not a number")
+                self.weight(op.bias, (1, width), FloatType.F32)
+                _number("epsilon", op.epsilon, 0)
             case Quantize():
                 width = self.f32(op.source)
                 _require(self.find(op.target).float_type is FloatType.Q80, "target is not Q80")
                 _require(self.width(op.target) == width, "widths differ")
+                _require(width % (32 * op.heads) == 0, "heads are not whole blocks")
+                _require(
+                    op.heads == 1 or isinstance(self.find(op.target), Buffer),
+                    "a pipe has one head",
+                )
                 self.same_rows(op.source, op.target)
             case Matmul():
                 self.matmul(op)
@@ -156,18 +182,55 @@ class _OpCheck:
                 _require(width % op.head_dim == 0, "heads are not whole")
                 _require(op.rotary_dim % 2 == 0, "rotary_dim is odd")
                 _require(op.rotary_dim <= op.head_dim, "rotary_dim is beyond the head")
-                _require(math.isfinite(op.theta) and op.theta > 0, "theta is not a number")
+                _number("theta", op.theta, 1e-30)
+                if op.scaling is not None:
+                    _number("factor", op.scaling.factor, 1e-30)
+                    _number("low_freq_factor", op.scaling.low_freq_factor, 1e-30)
+                    _number("high_freq_factor", op.scaling.high_freq_factor, 1e-30)
                 self.batch_rows(op.target)
-            case StoreKv():
-                for source, name in ((op.keys, op.key_cache), (op.values, op.value_cache)):
-                    cache = self.cache(name)
-                    _require(
-                        self.f32(source) == cache.kv_heads * cache.head_dim,
-                        f"{source} does not fill {name}",
-                    )
-                    self.batch_rows(source)
+            case Concat():
+                first, second = self.f32(op.first), self.f32(op.second)
+                _require(self.f32(op.target) == first + second, "widths differ")
+                _require(first % op.heads == second % op.heads == 0, "heads are not whole")
+                self.same_rows(op.first, op.target)
+                self.same_rows(op.second, op.target)
+            case Store():
+                cache = self.cache(op.cache)
+                _require(
+                    self.f32(op.source) == cache.kv_heads * cache.head_dim,
+                    f"{op.source} does not fill {op.cache}",
+                )
+                self.batch_rows(op.source)
             case Attention():
                 self.attention(op)
+            case Select():
+                self.select(op)
+            case Route():
+                experts = self.f32(op.source)
+                self.same(op.source, op.target)
+                self.batch_rows(op.source)
+                self.route(op.target)
+                if op.bias is not None:
+                    self.weight(op.bias, (1, experts), FloatType.F32)
+                _require(op.active == self.program.n_experts, "another number of experts is active")
+                _require(experts % op.groups == 0, "groups are not whole")
+                _require(op.active_groups <= op.groups, "more groups than there are")
+                members = experts // op.groups
+                _require(op.active <= op.active_groups * members, "more experts than there are")
+                _require(op.groups == 1 or members >= 2, "groups of one expert")
+                _number("scale", op.scale, 0)
+            case Dispatch():
+                _require(self.f32(op.source) == self.f32(op.target), "widths differ")
+                self.batch_rows(op.source)
+                self.route(op.route)
+                self.expert_rows(op.target)
+            case ExpertMatmul():
+                self.expert_matmul(op)
+            case Combine():
+                _require(self.f32(op.source) == self.f32(op.target), "widths differ")
+                self.expert_rows(op.source)
+                self.route(op.route)
+                self.batch_rows(op.target)
             case SiluMul():
                 self.f32(op.gate)
                 self.same(op.gate, op.up)
@@ -179,34 +242,57 @@ class _OpCheck:
                 self.same(op.source, op.target)
             case Gather():
                 _require(self.f32(op.source) == self.f32(op.target), "widths differ")
-                _require(self.find(op.source).rows == "batch", "source has no batch rows")
+                self.batch_rows(op.source)
                 _require(self.find(op.target).rows == "logits", "target has no logits rows")
 
     def matmul(self, op: Matmul) -> None:
-        """The input has the weight's columns and a type that goes with it."""
+        """The input has the weight's columns, once for each head, and a type that goes with it."""
         rows, cols = op.weight.shape
-        types = (FloatType.F32, FloatType.Q40, FloatType.Q80)
-        _require(op.weight.float_type in types, f"{op.weight.float_type.name} weights")
-        quantized = op.weight.float_type is not FloatType.F32
-        source = self.find(op.source)
-        _require(isinstance(source, Buffer) or not quantized, "a quantized input must be a buffer")
+        self.product(op.source, op.weight.float_type)
+        _require(rows % op.heads == 0, "heads are not whole")
         _require(
-            source.float_type is (FloatType.Q80 if quantized else FloatType.F32),
-            "the input's type does not go with the weight's",
+            op.heads == 1 or rows // op.heads % 16 == 0 or op.weight.float_type.block == 1,
+            "heads are not whole groups of 16 rows",
         )
-        self.weight(op.weight, (self.f32(op.target), self.width(op.source)), op.weight.float_type)
+        inputs = self.width(op.source) // op.heads
+        _require(inputs * op.heads == self.width(op.source), "heads are not whole")
+        self.weight(op.weight, (self.f32(op.target), inputs), op.weight.float_type)
         if op.bias is not None:
             self.weight(op.bias, (1, rows), FloatType.F32)
         _require(cols % op.weight.float_type.block == 0, "columns are not whole blocks")
         self.same_rows(op.source, op.target)
 
+    def expert_matmul(self, op: ExpertMatmul) -> None:
+        """The input has the columns of the experts' weights, and there are as many as routed."""
+        self.product(op.source, op.weight.float_type)
+        self.route(op.route)
+        self.expert_rows(op.source)
+        self.expert_rows(op.target)
+        _require(op.weight.tensor.count("{}") == 1, "a tensor of experts has one {} in its name")
+        _require(op.weight.count == self.width(op.route), "another number of experts is routed")
+        shape = (self.f32(op.target), self.width(op.source))
+        self.weight(op.weight.each[0], shape, op.weight.float_type)
+        _require(shape[1] % op.weight.float_type.block == 0, "columns are not whole blocks")
+
+    def product(self, name: str, float_type: FloatType) -> None:
+        """Weights of this type can be multiplied with this memory."""
+        types = (FloatType.F32, FloatType.Q40, FloatType.Q80)
+        _require(float_type in types, f"{float_type.name} weights")
+        quantized = float_type is not FloatType.F32
+        source = self.find(name)
+        _require(isinstance(source, Buffer) or not quantized, "a quantized input must be a buffer")
+        _require(
+            source.float_type is (FloatType.Q80 if quantized else FloatType.F32),
+            "the input's type does not go with the weight's",
+        )
+
     def attention(self, op: Attention) -> None:
         """The last query head finds its key head."""
         keys, values = self.cache(op.key_cache), self.cache(op.value_cache)
         _require(isinstance(self.find(op.query), Buffer), "a query must be a buffer")
-        width = self.f32(op.query)
-        self.same(op.query, op.target)
+        width, out = self.f32(op.query), self.f32(op.target)
         self.batch_rows(op.query)
+        self.batch_rows(op.target)
         _require(
             (keys.kv_heads, keys.head_dim, keys.float_type)
             == (values.kv_heads, values.head_dim, values.float_type),
@@ -214,10 +300,50 @@ class _OpCheck:
         )
         _require(width % keys.head_dim == 0, "heads are not whole")
         heads = width // keys.head_dim
+        _require(heads == 0 or out % heads == 0, "heads of the target are not whole")
+        value_dim = out // heads if heads else keys.head_dim
+        if op.key_cache == op.value_cache:
+            _require(value_dim <= keys.head_dim, "values are wider than keys")
+            _require(value_dim % 16 == 0, "values are not whole vectors of 16")
+            _require(value_dim % keys.float_type.block == 0, "values are not whole blocks")
+        else:
+            _require(value_dim == keys.head_dim, "target and values differ in width")
         _require(
             heads == 0 or (op.first + heads - 1) // op.group < keys.kv_heads,
             f"{heads} query heads reach beyond {keys.kv_heads} key heads",
         )
+        _number("scale", op.scale, 0)
+        if op.selection is not None:
+            self.selection(op.selection)
+
+    def select(self, op: Select) -> None:
+        """There is a weight for each head of the query, which are as wide as the keys."""
+        keys = self.cache(op.cache)
+        _require(keys.kv_heads == 1, "more than one key head")
+        _require(isinstance(self.find(op.query), Buffer), "a query must be a buffer")
+        _require(
+            self.f32(op.query) == self.f32(op.weights) * keys.head_dim, "heads and weights differ"
+        )
+        self.batch_rows(op.query)
+        self.batch_rows(op.weights)
+        self.selection(op.target)
+        _number("scale", op.scale, 0)
+
+    def selection(self, name: str) -> None:
+        """It has a number for each position."""
+        _require(self.f32(name) == self.program.seq_len, f"{name} is not seq_len wide")
+        _require(isinstance(self.find(name), Buffer), "a selection must be a buffer")
+        self.batch_rows(name)
+
+    def route(self, name: str) -> None:
+        """It has a number for each expert."""
+        _require(isinstance(self.find(name), Buffer), "a route must be a buffer")
+        _require(self.f32(name) >= self.program.n_experts > 0, f"{name}: too few experts")
+        self.batch_rows(name)
+
+    def expert_rows(self, name: str) -> None:
+        """It has a row for each row of the batch and expert chosen for it."""
+        _require(self.find(name).rows == "experts", f"{name} has no rows for experts")
 
     def merge(self, op: Merge) -> None:
         """All slots are here and as wide as the target."""

@@ -81,7 +81,7 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
     Raises:
         UsageError: the model cannot be cut for so many nodes, or not be synchronised in Q80.
     """
-    most, n = max_nodes(config.n_heads, config.head_dim, config.weights.block), cluster.n_nodes
+    most, n = max_nodes(config.n_heads, config.value_dim, config.weights.block), cluster.n_nodes
     if n > min(most, MAX_NODES):
         raise UsageError(
             f"{n} nodes, and this model has query heads for at most {most}; use fewer workers "
@@ -91,9 +91,9 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         raise UsageError(
             f"a model of dim {config.dim} has no whole Q80 blocks; add --buffer-float-type f32"
         )
-    if cluster.cache is FloatType.Q80 and config.head_dim % FloatType.Q80.block:
+    if cluster.cache is FloatType.Q80 and _odd(config):
         raise UsageError(
-            f"heads of {config.head_dim} values are no whole Q80 blocks; use --kv-cache-type f16"
+            f"heads of {_odd(config)[0]} values are no whole Q80 blocks; use --kv-cache-type f16"
         )
     seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
     plan = Plan(
@@ -112,7 +112,17 @@ def _cache_type(config: ModelConfig) -> FloatType:
     """How keys and values are kept if nobody says: as activations are, where heads allow it."""
     if config.weights is FloatType.F32:
         return FloatType.F32
-    return FloatType.F16 if config.head_dim % FloatType.Q80.block else FloatType.Q80
+    return FloatType.F16 if _odd(config) else FloatType.Q80
+
+
+def _odd(config: ModelConfig) -> list[int]:
+    """Widths of what is kept that are no whole blocks of Q80."""
+    widths = [config.head_dim]
+    if config.latent:
+        widths = [config.latent.kv_rank, config.latent.rope_dim]
+    if config.indexer:
+        widths.append(config.indexer.head_dim)
+    return [width for width in widths if width % FloatType.Q80.block]
 
 
 @contextmanager

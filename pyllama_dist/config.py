@@ -35,6 +35,76 @@ class Arch(StrEnum):
 
     GLM = "glm"
     GLM4 = "glm4"
+    GLM4_MOE = "glm4_moe"
+    GLM4_MOE_LITE = "glm4_moe_lite"
+    GLM_MOE_DSA = "glm_moe_dsa"
+    LLAMA = "llama"
+    QWEN3 = "qwen3"
+    QWEN3_MOE = "qwen3_moe"
+
+
+class Pairs(StrEnum):
+    """Which values of a head rope turns together."""
+
+    ADJACENT = "adjacent"  # (2i, 2i + 1)
+    HALVES = "halves"  # (i, i + half of what turns)
+
+
+class Scoring(StrEnum):
+    """What a router makes of its outputs."""
+
+    SIGMOID = "sigmoid"  # of each
+    SOFTMAX = "softmax"  # over all experts
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's way to longer texts: low frequencies are divided, high ones stay."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int  # [original_max_position_embeddings]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, in all layers but the first `dense_layers`."""
+
+    count: int  # [n_routed_experts, num_experts]
+    active: int  # [num_experts_per_tok]
+    ffn_dim: int  # of an expert [moe_intermediate_size]
+    shared_ffn_dim: int  # of the shared experts together, 0: none
+    dense_layers: int  # [first_k_dense_replace]
+    scoring: Scoring
+    bias: bool  # on the scores, for the choice only [e_score_correction_bias]
+    groups: int  # [n_group]
+    active_groups: int  # [topk_group]
+    normalize: bool  # chosen weights sum to 1 [norm_topk_prob]
+    scale: float  # [routed_scaling_factor]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values are made from a short vector, which is kept."""
+
+    q_rank: int  # [q_lora_rank]
+    kv_rank: int  # [kv_lora_rank]
+    nope_dim: int  # of a query head, without position [qk_nope_head_dim]
+    rope_dim: int  # of a query head, with position [qk_rope_head_dim]
+    value_dim: int  # of a head [v_head_dim]
+    norm_epsilon: float  # of the norms of the latent vectors
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Sparse attention: a small attention picks the positions that the large one looks at."""
+
+    n_heads: int  # [index_n_heads]
+    head_dim: int  # [index_head_dim]
+    rotary_dim: int
+    top_k: int  # positions [index_topk]
+    layers: tuple[bool, ...]  # whether a layer picks; others take the last choice
 
 
 @dataclass(frozen=True)
@@ -43,7 +113,7 @@ class ModelConfig:
 
     arch: Arch
     dim: int  # [hidden_size]
-    ffn_dim: int  # [intermediate_size]
+    ffn_dim: int  # of the dense layers [intermediate_size]
     n_layers: int  # [num_hidden_layers]
     n_heads: int  # [num_attention_heads]
     n_kv_heads: int  # [num_key_value_heads]
@@ -55,6 +125,12 @@ class ModelConfig:
     norm_epsilon: float  # [rms_norm_eps]
     qkv_bias: bool  # [attention_bias]
     weights: FloatType  # of every matrix but the embedding
+    rope_pairs: Pairs = Pairs.ADJACENT
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # a norm of each query and key head [use_qk_norm]
+    experts: Experts | None = None
+    latent: Latent | None = None
+    indexer: Indexer | None = None
 
     @property
     def q_dim(self) -> int:
@@ -66,20 +142,36 @@ class ModelConfig:
         """Width of all key heads (or value heads) together."""
         return self.n_kv_heads * self.head_dim
 
+    @property
+    def value_dim(self) -> int:
+        """Width of what a query head brings to `o_proj`."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+
+class Order(StrEnum):
+    """How a tensor's rows lie, against the checkpoint's."""
+
+    SAME = "same"
+    TRANSPOSED = "transposed"  # each head by itself
+    ADJACENT = "adjacent"  # each head: rows i and i + half of it become rows 2i and 2i + 1
+
 
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of a model: its place in the `.m` file is its place in the list.
 
     `source` names the checkpoint's tensors that it may come from, the first one present wins (a
-    tied head falls back to the embedding); `source_rows` cuts it out of a fused one.
+    tied head falls back to the embedding). The checkpoint's tensor is a stack of `source_heads`
+    equal parts; `source_rows` cuts the same rows out of each, `source_order` puts them in order.
     """
 
     name: str
     shape: tuple[int, ...]
     float_type: FloatType
     source: tuple[str, ...]
-    source_rows: tuple[int, int] | None = None  # rows of the checkpoint's tensor, start and stop
+    source_rows: tuple[int, int] | None = None  # rows of each head, start and stop
+    source_heads: int = 1
+    source_order: Order = Order.SAME
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class Share:
     heads: Range  # query heads
     kv_heads: Range  # key and value heads, replicated where groups are cut
     ffn: Range  # rows of gate and up, columns of down
+    experts: Range  # the same of every expert
+    shared: Range  # the same of the shared experts
     vocab: Range  # rows of lm_head
 
 
@@ -69,8 +71,21 @@ def partition(
     vocab_size: int,
     n_nodes: int,
     block: int = BLOCK,
+    expert_dim: int = 0,
+    shared_dim: int = 0,
 ) -> tuple[Share, ...]:
     """The share of each node; `block` is that of the weights' format, 1 if they have none.
+
+    Args:
+        n_heads: query heads.
+        n_kv_heads: key and value heads.
+        head_dim: what a head brings to the columns of `o_proj`.
+        ffn_dim: width of a dense layer's FFN.
+        vocab_size: rows of `lm_head`.
+        n_nodes: root and workers.
+        block: see above.
+        expert_dim: width of an expert's FFN.
+        shared_dim: width of the shared experts' FFN.
 
     Raises:
         ValueError: `n_nodes` is not between 1 and `max_nodes`.
@@ -80,10 +95,12 @@ def partition(
         raise ValueError(f"{n_nodes} nodes for {most} units of heads")
     group = n_heads // n_kv_heads  # query heads that read the same key head
     return tuple(
-        Share(heads, (heads[0] // group, (heads[1] - 1) // group + 1), ffn, vocab)
-        for heads, ffn, vocab in zip(
+        Share(heads, (heads[0] // group, (heads[1] - 1) // group + 1), ffn, experts, shared, vocab)
+        for heads, ffn, experts, shared, vocab in zip(
             cut(n_heads, n_nodes, head_unit(head_dim, block)),
             cut(ffn_dim, n_nodes, BLOCK),
+            cut(expert_dim, n_nodes, BLOCK),
+            cut(shared_dim, n_nodes, BLOCK),
             cut(vocab_size, n_nodes),
             strict=True,
         )

@@ -13,7 +13,17 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from pyllama_dist.config import Arch, FloatType, ModelConfig, Tensor
+from pyllama_dist.config import (
+    Arch,
+    Experts,
+    FloatType,
+    Indexer,
+    Latent,
+    ModelConfig,
+    Pairs,
+    Scoring,
+    Tensor,
+)
 from pyllama_dist.executor.memory import Memory
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
@@ -44,6 +54,54 @@ CONFIG = ModelConfig(
     qkv_bias=True,
     weights=FloatType.F32,
 )
+
+EXPERTS = Experts(
+    count=8,
+    active=3,
+    ffn_dim=64,
+    shared_ffn_dim=64,
+    dense_layers=1,
+    scoring=Scoring.SIGMOID,
+    bias=True,
+    groups=4,
+    active_groups=2,
+    normalize=True,
+    scale=1.8,
+)
+LATENT = {
+    "n_kv_heads": 1,
+    "head_dim": 64,
+    "rotary_dim": 32,
+    "qkv_bias": False,
+    "experts": EXPERTS,
+    "latent": Latent(
+        q_rank=96, kv_rank=32, nope_dim=32, rope_dim=32, value_dim=32, norm_epsilon=1e-6
+    ),
+}
+SOFTMAX = replace(
+    EXPERTS,
+    shared_ffn_dim=0,
+    dense_layers=0,
+    scoring=Scoring.SOFTMAX,
+    bias=False,
+    groups=1,
+    active_groups=1,
+    scale=1.0,
+)
+# What sets an architecture apart from `CONFIG`.
+FEATURES: dict[Arch, dict[str, object]] = {
+    Arch.GLM4_MOE: {"rope_pairs": Pairs.HALVES, "qk_norm": True, "experts": EXPERTS},
+    Arch.GLM4_MOE_LITE: LATENT,
+    Arch.GLM_MOE_DSA: LATENT | {"indexer": Indexer(4, 32, 16, top_k=6, layers=(True, False))},
+    Arch.LLAMA: {"qkv_bias": False},
+    Arch.QWEN3: {"rope_pairs": Pairs.HALVES, "qk_norm": True, "qkv_bias": False},
+    Arch.QWEN3_MOE: {
+        "rope_pairs": Pairs.HALVES,
+        "qk_norm": True,
+        "qkv_bias": False,
+        "experts": SOFTMAX,
+    },
+}
 
 
 class TinyModel:
@@ -116,11 +174,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., TinyModel]:
-    """Makes tiny models: `tiny(weights=FloatType.Q40)`. Equal ones are made once."""
+    """Makes tiny models: `tiny(weights=FloatType.Q40)`. Equal ones are made once.
+
+    An architecture brings its features: `tiny(arch=Arch.GLM4_MOE)` has experts.
+    """
 
     @cache
     def make(**changes: object) -> TinyModel:
-        return TinyModel(replace(CONFIG, **changes))
+        features = FEATURES.get(changes.get("arch", CONFIG.arch), {})
+        return TinyModel(replace(CONFIG, **features | changes))
 
     return make
 

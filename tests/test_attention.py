@@ -126,30 +126,42 @@ def test_what_is_kept_is_read_back(kind, store):
 class Task:
     """Queries of some rows, and a cache that holds random keys and values."""
 
-    def __init__(self, kind, slots, positions, heads, group, first, head_dim, seed=0, size=1.0):
+    def __init__(
+        self, kind, slots, positions, heads, group, first, head_dim, seed=0, size=1.0, latent=0
+    ):
+        """With `latent`, values are so many first numbers of the keys."""
         self.kind, self.group, self.first = kind, group, first
+        self.value_dim, self.scale = latent or head_dim, 1 / math.sqrt(head_dim)
+        self.mask = np.empty((0, 0), F32)
         self.slots, self.positions = np.array(slots, np.int64), np.array(positions, np.int64)
         n_slots, n_pages = max(slots, default=0) + 1, max(positions, default=0) // PAGE + 2
         shape = n_slots, (first + heads - 1) // group + 1, n_pages
         self.query = normal(seed, len(slots), heads, head_dim) * F32(size)
         self.keys = random_pages(kind, head_dim, shape, seed + 1)
-        self.values = random_pages(kind, head_dim, shape, seed + 2)
+        self.values = self.keys if latent else random_pages(kind, head_dim, shape, seed + 2)
 
     def _common(self):
-        return self.query, self.keys, self.values, self.kind, self.slots, self.positions
+        cached = self.query, self.keys, self.values, self.kind, self.slots, self.positions
+        return *cached, self.first, self.group, self.scale, self.mask
+
+    def select(self, seed: int) -> None:
+        """Masks some of the positions, but never the first one."""
+        rng = np.random.default_rng(seed)
+        seq_len = self.positions.max() + 1
+        hidden = rng.random((len(self.positions), seq_len)) < rng.random()
+        self.mask = np.where(hidden, F32(-np.inf), F32(0))
+        self.mask[:, 0] = 0
 
     def run(self, n_threads: int = 1) -> np.ndarray:
         """What the op loop does, one thread after the other."""
         rows, heads, head_dim = self.query.shape
-        out = np.full((rows, heads, head_dim), np.nan, F32)
+        out = np.full((rows, heads, self.value_dim), np.nan, F32)
         chunks = attention.count_chunks(self.positions)
-        parts = np.full((rows, heads, chunks, head_dim + 2), np.nan, F32)
+        parts = np.full((rows, heads, chunks, self.value_dim + 2), np.nan, F32)
         scratch = np.full(attention.scratch_bytes(head_dim) + 64, 0xFF, np.uint8)  # NaN
         place = scratch.ctypes.data
         for thread in range(n_threads):
-            attention.attend(
-                *self._common(), self.first, self.group, parts, out, place, thread, n_threads
-            )
+            attention.attend(*self._common(), parts, out, place, thread, n_threads)
         if chunks > 1:
             for thread in range(n_threads):
                 a, z = (heads * part // n_threads for part in (thread, thread + 1))
@@ -158,8 +170,8 @@ class Task:
         return out
 
     def twin(self) -> np.ndarray:
-        out = np.full_like(self.query, np.nan)
-        reference.attention(*self._common(), self.first, self.group, out)
+        out = np.full((*self.query.shape[:2], self.value_dim), np.nan, F32)
+        reference.attention(*self._common(), out)
         return out
 
     def plain(self) -> np.ndarray:
@@ -168,16 +180,19 @@ class Task:
         query = self.query
         if self.kind == KEPT_Q80:
             query = blocks.dequantize_q80(blocks.quantize_q80(query))
-        out = np.empty((rows, heads, n))
+        out = np.empty((rows, heads, self.value_dim))
         for row in range(rows):
             count = self.positions[row] + 1
             for head in range(heads):
                 cells = self.slots[row], (self.first + head) // self.group
-                k, v = (
-                    pages.read_positions(held[cells], n, self.kind, lanes_last=lanes_last)[:count]
-                    for held, lanes_last in ((self.keys, True), (self.values, False))
-                )
+                k = pages.read_positions(self.keys[cells], n, self.kind, lanes_last=True)[:count]
+                v = k[:, : self.value_dim]
+                if self.values is not self.keys:
+                    v = pages.read_positions(self.values[cells], n, self.kind, lanes_last=False)
+                    v = v[:count]
                 scores = k.astype(np.float64) @ query[row, head] / math.sqrt(n)
+                if self.mask.size:
+                    scores += self.mask[row, :count]
                 weights = np.exp(scores - scores.max())
                 out[row, head] = weights @ v / weights.sum()
         return out
@@ -247,6 +262,30 @@ def test_long_attention_is_the_same_on_any_number_of_threads(kind, positions):
     np.testing.assert_allclose(found, task.plain(), atol=2e-5)
     for n_threads in (2, 3, 5):
         np.testing.assert_array_equal(task.run(n_threads), found)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("heads", [1, 5, 20, 64, 70])
+@pytest.mark.parametrize("positions", [(0,), (37, 38, 39), (700,), tuple(range(100, 117))])
+def test_latent_attention(kind, heads, positions):
+    """All heads read one vector, whose first numbers are the values as well."""
+    task = Task(kind, [0] * len(positions), positions, heads, heads + 3, 2, 96, latent=64)
+    expected = task.plain()
+    np.testing.assert_allclose(task.twin(), expected, atol=2e-5)
+    found = task.run()
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_array_equal(task.run(3), found)
+
+
+@EVERY_KIND
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 1100), min_size=1, max_size=6, unique=True), st.booleans(), seeds)
+def test_attention_to_selected_positions(kind, positions, latent, seed):
+    task = Task(kind, [0] * len(positions), positions, 4, 4, 0, 64, latent=32 * latent)
+    task.select(seed)
+    expected = task.plain()
+    np.testing.assert_allclose(task.twin(), expected, atol=2e-5)
+    np.testing.assert_allclose(task.run(2), expected, atol=2e-5)
 
 
 def test_a_large_batch_of_several_sequences():

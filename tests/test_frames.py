@@ -56,7 +56,7 @@ widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
 
 EMPTY = Program(
-    n_nodes=1, node=0, max_rows=1, max_logits=1, n_slots=1, seq_len=1,
+    n_nodes=1, node=0, max_rows=1, max_logits=1, n_experts=0, n_slots=1, seq_len=1,
     pipes=(), buffers=(), caches=(), segments=(),
 )  # fmt: skip
 

@@ -70,19 +70,45 @@ def test_rms_norm(kernels, n_rows, n, epsilon, seed):
 
 
 @KERNELS
-@given(rows, st.integers(1, 5), st.integers(0, 8), st.integers(0, 9), seeds)
-def test_rope_is_a_turn_of_complex_numbers(kernels, n_rows, heads, pairs, rest, seed):
+@given(rows, st.sampled_from((1, 7, 16, 33, 64, 100)), st.sampled_from((1e-6, 1e-3)), seeds)
+def test_layer_norm(kernels, n_rows, n, epsilon, seed):
+    x, weight, bias = normal(seed, n_rows, n) + F32(3), normal(seed + 1, n), normal(seed + 2, n)
+    out = np.full_like(x, np.nan)
+    kernels.layer_norm(x, weight, bias, epsilon, out)
+    for row, found in zip(x.astype(np.float64), out, strict=True):
+        mean = math.fsum(row) / n
+        variance = math.fsum((value - mean) ** 2 for value in row) / n
+        expected = (row - mean) / math.sqrt(variance + epsilon) * weight + bias
+        np.testing.assert_allclose(found, expected, atol=2e-3 if n == 1 else 5e-5)
+
+
+@KERNELS
+@given(rows, st.integers(1, 5), st.integers(0, 9), st.integers(0, 9), seeds)
+def test_concat(kernels, n_rows, heads, n, m, seed):
+    first, second = normal(seed, n_rows, heads, n), normal(seed + 1, n_rows, heads, m)
+    out = np.full((n_rows, heads, n + m), np.nan, F32)
+    kernels.concat(first, second, out)
+    np.testing.assert_array_equal(out[:, :, :n], first)
+    np.testing.assert_array_equal(out[:, :, n:], second)
+
+
+@KERNELS
+@given(rows, st.integers(1, 5), st.integers(0, 8), st.integers(0, 9), st.booleans(), seeds)
+def test_rope_is_a_turn_of_complex_numbers(kernels, n_rows, heads, pairs, rest, halves, seed):
     seq_len, theta = 50, 10_000.0
     cos, sin = rope_tables(seq_len, 2 * pairs, theta)
     x = normal(seed, n_rows, heads + 2, 2 * pairs + rest)[:, 1 : 1 + heads]
     positions = np.random.default_rng(seed).integers(0, seq_len, n_rows)
     before, outside = x.copy(), x.base[:, 0].copy()
-    kernels.rope(positions, cos, sin, x)
-    turned = before[:, :, 0 : 2 * pairs : 2] + 1j * before[:, :, 1 : 2 * pairs : 2]
+    kernels.rope(positions, cos, sin, halves, x)
+    real, imaginary = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    if halves:
+        real, imaginary = slice(0, pairs), slice(pairs, 2 * pairs)
+    turned = before[:, :, real] + 1j * before[:, :, imaginary]
     for pair in range(pairs):
         angles = positions * theta ** (-pair / pairs)
         expected = turned[:, :, pair] * np.exp(1j * angles)[:, None]
-        found = x[:, :, 2 * pair] + 1j * x[:, :, 2 * pair + 1]
+        found = x[:, :, real][:, :, pair] + 1j * x[:, :, imaginary][:, :, pair]
         np.testing.assert_allclose(found, expected, atol=5e-6)
     np.testing.assert_array_equal(x[:, :, 2 * pairs :], before[:, :, 2 * pairs :])
     np.testing.assert_array_equal(x.base[:, 0], outside)
@@ -95,7 +121,7 @@ def test_turned_products_depend_on_the_distance_alone(kernels):
     products = []
     for start in (0, 7, 40):
         x = np.stack([query, key])[:, None].copy()  # [rows, 1, 16]
-        kernels.rope(np.array([start + 9, start]), cos, sin, x)
+        kernels.rope(np.array([start + 9, start]), cos, sin, False, x)
         products.append(float(x[0, 0].astype(np.float64) @ x[1, 0]))
     np.testing.assert_allclose(products, products[0], rtol=1e-4, atol=1e-5)
 

@@ -8,13 +8,14 @@ A few rows (a decode step) would be too few parts for many threads. There the po
 chunks as well, and `join` puts their results together. Chunks have a fixed size, so that the result
 does not depend on the number of threads.
 
+Where keys and values are one (latent attention), a page of values is made of the page of keys.
+
 Sources: Milakov and Gimelshein, Online normalizer calculation, 2018; Dao et al., FlashAttention,
 2022; for the chunks, Dao et al., Flash-Decoding, 2023.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
 
-import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pyllama_kernels import cpu
-from pyllama_kernels.cache import unpack_numbers, unpack_values
+from pyllama_kernels.cache import turn_keys, unpack_numbers, unpack_values
 from pyllama_kernels.exponential import exp, exp_of_differences
 from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
 from pyllama_kernels.jit import kernel
@@ -46,7 +47,7 @@ _score_tile = make_tile(cpu.load(cpu.choose().name).ISA, Q80_KEYS, _TILE)
 
 
 def scratch_bytes(head_dim: int) -> int:
-    """Memory that each thread needs beside the arrays."""
+    """Memory that each thread needs beside the arrays; values are no wider than keys."""
     queries = _QUERIES * ((_QUERY_BYTES + 4) * head_dim + 8)
     return queries + 4 * (PAGE * head_dim + _SCORES)
 
@@ -67,6 +68,8 @@ def attend(
     positions: Any,
     first: int,
     group: int,
+    scale: float,
+    mask: Any,
     parts: Any,
     out: Any,
     scratch: int,
@@ -76,7 +79,7 @@ def attend(
     """One thread's part of `reference.attention`; `join` follows when all are done.
 
     Args:
-        query: this and the next seven: see `reference.attention`.
+        query: this and the next nine: see `reference.attention`.
         keys: pages.
         values: pages.
         kind: of the pages.
@@ -84,9 +87,11 @@ def attend(
         positions: of the rows.
         first: place of the first head in its group.
         group: query heads that share a key head.
-        parts: [rows, heads, chunks, head_dim + 2] float32, written if there are several chunks:
+        scale: of the scores.
+        mask: added to the scores.
+        parts: [rows, heads, chunks, value_dim + 2] float32, written if there are several chunks:
             weighted sum of the values, sum of the weights, largest score.
-        out: [rows, heads, head_dim] float32, written if there is one chunk.
+        out: [rows, heads, value_dim] float32, written if there is one chunk.
         scratch: address of `scratch_bytes` of this thread's own.
         thread: this thread.
         n_threads: all threads.
@@ -123,6 +128,8 @@ def attend(
                             (begin, end),
                             (head, stop),
                             (CHUNK * chunk, last),
+                            float32(scale),
+                            mask,
                             parts,
                             out,
                             scratch,
@@ -140,12 +147,15 @@ def _attend(
     row_span: Any,
     head_span: Any,
     position_span: Any,
+    scale: Any,
+    mask: Any,
     parts: Any,
     out: Any,
     scratch: int,
 ) -> None:
     """Some rows of one sequence, heads that share a key head, and positions of one chunk."""
-    n, chunks = query.shape[2], parts.shape[2]
+    n, m, chunks = query.shape[2], out.shape[2], parts.shape[2]
+    turned = address_of(keys) == address_of(values)  # values are made of keys
     (first_row, last_row), (first_head, last_head) = row_span, head_span
     start, stop = position_span
     heads = last_head - first_head
@@ -153,14 +163,14 @@ def _attend(
     room = (queries + _TILE - 1) // _TILE * _TILE  # whole tiles of queries
     q = carray(float32_pointer(scratch), (queries, n))
     totals_at = scratch + _QUERY_BYTES * _QUERIES * n
-    totals = carray(float32_pointer(totals_at), (room, n))
+    totals = carray(float32_pointer(totals_at), (room, m))
     page_at = totals_at + 4 * _QUERIES * n
-    page_floats = carray(float32_pointer(page_at), (PAGE * n,))
+    page_keys = carray(float32_pointer(page_at), (PAGE * n,))
+    page_values = carray(float32_pointer(page_at), (PAGE * m,))
     scores_at = page_at + 4 * PAGE * n
     largest = carray(float32_pointer(scores_at + 4 * _SCORES), (queries,))
     sums = carray(float32_pointer(scores_at + 4 * (_SCORES + _QUERIES)), (queries,))
 
-    scale = float32(1 / math.sqrt(n))
     if kind == KEPT_Q80:
         _round_queries(query, row_span, head_span, scale, scratch)
     else:
@@ -171,8 +181,8 @@ def _attend(
     largest[:], sums[:] = float32(-np.inf), float32(0)
 
     # Pages are multiplied as they are kept if that is as fast; many queries share what is unpacked.
-    few, whole = queries <= _AT_ONCE, n // PAGE * PAGE
-    as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == n)
+    few, whole = queries <= _AT_ONCE, m // PAGE * PAGE
+    as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == m)
     size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
     # Many positions of the keys, then as many of the values: each is read as a stream.
     at_once = min(CHUNK, _SCORES // room // PAGE * PAGE)
@@ -190,40 +200,48 @@ def _attend(
                     _score_tile(b, tile, n // 32, c + i * row_bytes, row_bytes)
                 continue
             if not as_kept:
-                unpack_numbers(keys[first + page], kind, page_floats)
+                unpack_numbers(keys[first + page], kind, page_keys)
                 b = page_at
-            _multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
+            multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
+        for i in range(queries if mask.size else 0):
+            added = mask[first_row + i // heads, block:]
+            for j in range(min(PAGE * pages, added.size)):
+                scores[i, j] += added[j]
         for i in range(queries):
             limit = min(PAGE * pages, positions[first_row + i // heads] + 1 - block)
             _soften(scores[i, : PAGE * pages], limit, totals[i], largest, sums, i)
         for page in range(pages):
             a, b = scores_at + 4 * PAGE * page, address_of(values[first + page])
-            if kind == KEPT_Q80 and few:
+            if kind == KEPT_Q80 and few and not turned:
                 for i in range(0, queries, _TILE):
-                    _add_tile(b, n // 32, a + i * row_bytes, row_bytes, totals_at + 4 * i * n)
+                    _add_tile(b, m // 32, a + i * row_bytes, row_bytes, totals_at + 4 * i * m)
                 continue
-            if not as_kept:
-                unpack_values(values[first + page], kind, page_floats)
+            value_size = size
+            if turned:
+                turn_keys(values[first + page], kind, m, page_values)
+                b, value_size = page_at, 4
+            elif not as_kept:
+                unpack_values(values[first + page], kind, page_values)
                 b = page_at
             for j in range(0, whole, PAGE):
                 c = totals_at + 4 * j
-                _multiply(a, row_bytes, b, size, size * PAGE, PAGE, c, 4 * n, queries)
-                b += size * PAGE * PAGE
-            rest = carray(float32_pointer(b), (PAGE, n - whole))
-            for i in range(queries if whole < n else 0):
+                multiply(a, row_bytes, b, value_size, value_size * PAGE, PAGE, c, 4 * m, queries)
+                b += value_size * PAGE * PAGE
+            rest = carray(float32_pointer(b), (PAGE, m - whole))
+            for i in range(queries if whole < m else 0):
                 for lane in range(PAGE):
-                    for j in range(whole, n):
+                    for j in range(whole, m):
                         totals[i, j] += scores[i, PAGE * page + lane] * rest[lane, j - whole]
 
     for i in range(queries):
         row, head = first_row + i // heads, first_head + i % heads
         if chunks > 1:
             chunk = start // CHUNK
-            for j in range(n):
+            for j in range(m):
                 parts[row, head, chunk, j] = totals[i, j]
-            parts[row, head, chunk, n], parts[row, head, chunk, n + 1] = sums[i], largest[i]
+            parts[row, head, chunk, m], parts[row, head, chunk, m + 1] = sums[i], largest[i]
         else:
-            for j in range(n):
+            for j in range(m):
                 out[row, head, j] = totals[i, j] / sums[i]
 
 
@@ -297,6 +315,9 @@ def _soften(scores: Any, limit: int, total: Any, largest: Any, sums: Any, i: int
         scores[j] = float32(-np.inf)
     address, vectors = address_of(scores), scores.size // PAGE
     top = max(largest[i], _largest_score(address, vectors))
+    if top == float32(-np.inf):  # nothing of it is selected
+        scores[:] = 0
+        return
     if top > largest[i]:
         shrink = exp(largest[i] - top)
         sums[i] *= shrink
@@ -345,7 +366,7 @@ def _largest_score(typingctx, address, vectors):
 
 
 @kernel
-def _multiply(
+def multiply(
     a: int,
     a_stride: int,
     b: int,
@@ -380,10 +401,10 @@ def _multiply(
 
 
 def _multiply_rows(queries, halves):
-    """An intrinsic: `_multiply` for so many queries, with the sums in registers."""
+    """An intrinsic: `multiply` for so many queries, with the sums in registers."""
 
     @intrinsic
-    def multiply(typingctx, a, a_stride, b, b_stride, count, c, c_stride):
+    def _multiply(typingctx, a, a_stride, b, b_stride, count, c, c_stride):
         def codegen(context, builder, signature, args):
             asm = Asm(builder)
             a, a_stride, b, b_stride, count, c, c_stride = (Value(asm, value) for value in args)
@@ -407,7 +428,7 @@ def _multiply_rows(queries, halves):
 
         return types.void(*[types.int64] * 7), codegen
 
-    return multiply
+    return _multiply
 
 
 _floats_8, _floats_4, _floats_1 = (_multiply_rows(queries, False) for queries in (8, 4, 1))

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from pyllama_kernels.halves import float_to_half, half_to_float
+from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.lowlevel import (
     address_of,
@@ -19,7 +19,7 @@ from pyllama_kernels.lowlevel import (
 )
 from pyllama_kernels.pages import KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
 from pyllama_kernels.rounding import round_block
-from pyllama_kernels.simd import I8, I32, Asm, Value
+from pyllama_kernels.simd import I8, I16, I32, Asm, Value
 
 _BLOCK_BYTES = PAGE * 34  # of 32 numbers of each position, as Q80
 
@@ -123,6 +123,22 @@ def unpack_numbers(page: Any, kind: int, out: Any) -> None:
 
 
 @kernel
+def unpack_keys(page: Any, kind: int, out: Any) -> None:
+    """A page of keys as float32, in the order of a page of float32: [16 * head_dim]."""
+    if kind != KEPT_Q80:
+        unpack_numbers(page, kind, out)
+        return
+    for block in range(out.size // (32 * PAGE)):
+        part = page[_BLOCK_BYTES * block :]
+        scales, values = _halves(part, 1, PAGE), carray(int8_pointer(address_of(part)), (544,))
+        for i in range(32):
+            for lane in range(PAGE):
+                number = values[2 * PAGE + 4 * (PAGE * (i // 4) + lane) + i % 4]
+                place = PAGE * (32 * block + i) + lane
+                out[place] = number * half_to_float(scales[0, lane])
+
+
+@kernel
 def unpack_values(page: Any, kind: int, out: Any) -> None:
     """A page of values as float32, in the order of a page of float32: [16 * head_dim]."""
     if kind == KEPT_Q80:
@@ -135,3 +151,55 @@ def unpack_values(page: Any, kind: int, out: Any) -> None:
                 _unpack_values_q80(values, half_to_float(scales[0, lane]), target)
     else:
         unpack_numbers(page, kind, out)
+
+
+@intrinsic
+def _turn_q80(typingctx, page, blocks, out):
+    """Blocks of Q80 keys to values as float32, in the order of a page. Addresses and a count.
+
+    Four vectors hold 4 numbers of each of 16 positions; 16 numbers of a position are wanted.
+    """
+
+    def codegen(context, builder, signature, args):
+        asm = Asm(builder)
+        page, blocks, out = (Value(asm, value) for value in args)
+        quads, bytes_ = ir.VectorType(I32, PAGE), ir.VectorType(I8, PAGE)
+        with asm.loop(blocks) as block:
+            part, target = page.plus(block, _BLOCK_BYTES), out.plus(block, 4 * 32 * PAGE)
+            scales = asm.load(ir.VectorType(I16, PAGE), part).halves_as_floats(IN_HARDWARE)
+            for half in range(2):
+                a, b, c, d = (
+                    asm.load(quads, part, 2 * PAGE + 64 * (4 * half + i)) for i in range(4)
+                )
+                for lane in range(0, PAGE, 4):
+                    pairs = [i + 16 * side for i in range(lane, lane + 4) for side in range(2)]
+                    ab, cd = a.lanes_with(b, *pairs), c.lanes_with(d, *pairs)
+                    for i in range(4):
+                        number = ab.lanes_with(cd, 2 * i, 2 * i + 1, 2 * i + 8, 2 * i + 9)
+                        wide = number.bits_as(bytes_).widened(quads, signed=True)
+                        scale = scales.part(*[lane + i] * PAGE)
+                        place = 4 * PAGE * (PAGE * half + lane + i)
+                        asm.store(wide.as_floats() * scale, target, place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@kernel
+def turn_keys(page: Any, kind: int, n: int, out: Any) -> None:
+    """The first n numbers of a page of keys as float32, in the order of a page of values.
+
+    `n` is a multiple of 16, and of 32 for Q80; `out` is [16 * n] float32.
+    """
+    if kind == KEPT_Q80:
+        _turn_q80(address_of(page), n // 32, address_of(out))
+    elif kind == KEPT_F32:
+        floats = _f32s(page, n, PAGE)
+        for i in range(n):
+            for lane in range(PAGE):
+                out[_place(lane, i, n)] = floats[i, lane]
+    else:
+        halves = _halves(page, n, PAGE)
+        for i in range(n):
+            for lane in range(PAGE):
+                out[_place(lane, i, n)] = half_to_float(halves[i, lane])

@@ -140,10 +140,11 @@ def pack_activations(values: npt.NDArray[np.int8], scales: F32, packed: U8) -> N
     packed[: flat.size] = flat.reshape(-1)
 
 
-def activation_bytes(max_rows: int, n: int) -> int:
-    """Bytes of the activations of a batch of up to max_rows rows of n values."""
-    t = tile_rows(max_rows)
-    return -(-max_rows // t) * t * (n // BLOCK) * ROW_BYTES
+@register_jitable
+def activation_bytes(rows: int, n: int) -> int:
+    """Bytes of the activations of a batch of so many rows of n values."""
+    t = tile_rows(rows)
+    return -(-rows // t) * t * (n // BLOCK) * ROW_BYTES
 
 
 def unpack_activations(packed: U8, rows: int, n: int) -> F32:

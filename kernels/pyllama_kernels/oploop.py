@@ -14,8 +14,17 @@ from numba import carray
 from pyllama_kernels import cpu, ops
 from pyllama_kernels.attention import attend, count_chunks, join
 from pyllama_kernels.cache import store_keys, store_values
+from pyllama_kernels.experts import combine, make_plan, quantize_experts, route
 from pyllama_kernels.jit import kernel
-from pyllama_kernels.layout import BLOCK, GROUP, GROUP_BYTES, ROW_BYTES, packed_rows, tile_rows
+from pyllama_kernels.layout import (
+    BLOCK,
+    GROUP,
+    GROUP_BYTES,
+    ROW_BYTES,
+    activation_bytes,
+    packed_rows,
+    tile_rows,
+)
 from pyllama_kernels.lowlevel import (
     atomic_load,
     atomic_store,
@@ -23,6 +32,8 @@ from pyllama_kernels.lowlevel import (
     int64_pointer,
     uint8_pointer,
 )
+from pyllama_kernels.plans import EXPERTS, HEAD, LISTED, PAIRS, ROOM, lists, plan_words
+from pyllama_kernels.selection import select
 from pyllama_kernels.team import (
     COMMAND,
     LAST,
@@ -56,17 +67,28 @@ class Code(IntEnum):
     MERGE_Q80 = 13
     ADD = 14
     GATHER = 15
+    LAYER_NORM = 16
+    CONCAT = 17
+    SELECT = 18
+    ROUTE = 19
+    MAKE_PLAN = 20
+    DISPATCH = 21  # gathers the rows of a plan
+    QUANTIZE_EXPERTS = 22
+    EXPERTS_F32 = 23  # for each expert, the kernel that `MATMUL_F32` is for a batch
+    EXPERTS_Q40 = 24
+    EXPERTS_Q80 = 25
+    COMBINE = 26
 
 
 # Addresses are of the first byte; `n` and `m` are values in a row of the input and of the output.
 OP = np.dtype(
     [
         ("code", np.int64),
-        ("logits", np.int64),  # 0: a row for each row of the batch; 1: for each row with logits
+        ("rows", np.int64),  # which word of a step counts the rows that are written
         ("a", np.int64),  # first input
         ("b", np.int64),  # second input: up, value cache, sin
         ("c", np.int64),  # third input: bias, key cache, cos
-        ("w", np.int64),  # weight
+        ("w", np.int64),  # weight; for experts: the addresses of their weights
         ("out", np.int64),
         ("n", np.int64),
         ("m", np.int64),
@@ -82,14 +104,20 @@ OP = np.dtype(
         ("parts", np.int64),
         ("stride", np.int64),  # bytes between the parts of a pipe
         ("epsilon", np.float64),
+        ("scale", np.float64),  # of scores, or of experts' weights
+        ("plan", np.int64),  # see `plans`
+        ("active", np.int64),  # experts chosen for each row
+        ("active_groups", np.int64),
+        ("normalize", np.int64),
     ],
     align=True,
 )
 
-# The words of `step`, an int64 array: counts, the addresses of the rows' facts, and of memory for
-# attention: the chunks' results, and scratch of so many bytes for each thread.
-N_ROWS, N_LOGITS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(8)
-STEP_WORDS = 8
+# The words of `step`, an int64 array: counts (rows of the batch, rows with logits, pairs of a row and
+# an expert), the addresses of the rows' facts, and of memory for attention: the chunks' results, and
+# scratch of so many bytes for each thread.
+N_ROWS, N_LOGITS, N_PAIRS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(9)
+STEP_WORDS = 9
 
 _SHARES = 4  # parts for each thread of what takes long: a thread that is slow gets fewer
 _PRODUCTS = 1 << 17  # in a part of a matrix product, at least
@@ -123,16 +151,29 @@ def share(total: int, part: int, parts: int) -> tuple[int, int]:
 @kernel
 def count_parts(op: Any, step: Any, n_threads: int) -> int:
     """Into how many parts an op is cut: enough for all threads, none too small to be worth it."""
-    rows = step[N_LOGITS] if op.logits else step[N_ROWS]
+    rows = step[op.rows]
     if n_threads == 1 or rows == 0:
         return min(rows, 1)
     code, n = op.code, op.n
     if code == Code.MATMUL_Q40 or code == Code.MATMUL_F32 or code == Code.MATMUL_Q80:
         return min(_SHARES * n_threads, 1 + rows * n * op.m // _PRODUCTS)
+    if code == Code.EXPERTS_Q40 or code == Code.EXPERTS_F32 or code == Code.EXPERTS_Q80:
+        # In a batch some experts have more rows than others: more parts make up for it.
+        shares = _SHARES if step[N_ROWS] == 1 else 4 * _SHARES
+        return min(shares * n_threads, 1 + rows * n * op.m // _PRODUCTS)
+    if code == Code.ROUTE:
+        return min(rows, n_threads, 1 + rows * n * op.active // _NUMBERS)
+    if code == Code.MAKE_PLAN:
+        return 1
+    if code == Code.COMBINE:
+        return min(n_threads, 1 + rows * n * op.active // _NUMBERS)
     if code == Code.ATTEND:
         seen = rows * i64(step[POSITIONS], rows).max()
         return min(_SHARES * n_threads, 1 + seen * op.heads * n // _PRODUCTS)
-    if code == Code.RMS_NORM or code == Code.GATHER:
+    if code == Code.SELECT:
+        return rows
+    gathers = code == Code.GATHER or code == Code.DISPATCH
+    if code == Code.RMS_NORM or code == Code.LAYER_NORM or gathers:
         return min(rows, n_threads)
     heads = op.heads if op.heads else 1
     return min(n_threads, 1 + rows * heads * n // _NUMBERS)
@@ -141,46 +182,113 @@ def count_parts(op: Any, step: Any, n_threads: int) -> int:
 @kernel
 def run_part(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     """One part of an op, by one thread."""
-    rows = step[N_LOGITS] if op.logits else step[N_ROWS]
+    rows = step[op.rows]
     code, n, m = op.code, op.n, op.m
 
     if code == Code.RMS_NORM:
         a, z = share(rows, part, parts)
-        x, out = f32(op.a, rows, n), f32(op.out, rows, n)
+        x, out = f32(op.a, rows * op.heads, n), f32(op.out, rows * op.heads, n)
+        a, z = a * op.heads, z * op.heads
         ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
 
+    elif code == Code.LAYER_NORM:
+        a, z = share(rows, part, parts)
+        x, out = f32(op.a, rows, n), f32(op.out, rows, n)
+        ops.layer_norm(x[a:z], f32(op.w, n), f32(op.c, n), op.epsilon, out[a:z])
+
     elif code == Code.QUANTIZE:
-        a, z = share(rows * (n // BLOCK), part, parts)
-        ops.quantize(f32(op.a, rows, n), a, z, activations(op.out, rows, n))
+        blocks = rows * (n // BLOCK)
+        a, z = share(op.heads * blocks, part, parts)
+        while a < z:
+            head = a // blocks
+            stop = min(z, (head + 1) * blocks)
+            x = f32(op.a, rows, op.heads, n)[:, head]
+            out = op.out + head * activation_bytes(rows, n)
+            ops.quantize(x, a - head * blocks, stop - head * blocks, activations(out, rows, n))
+            a = stop
 
     elif code == Code.PACK_Q80:
         blocks = rows * (n // BLOCK)
         a, z = share(blocks, part, parts)
         ops.pack_q80(f32(op.a, blocks, BLOCK)[a:z], u8(op.out, blocks, 34)[a:z])
 
-    elif code == Code.MATMUL_F32:
-        a, z = share(m, part, parts)
-        x, w, out = f32(op.a, rows, n), f32(op.w, m, n), f32(op.out, rows, m)
-        ops.matmul_f32(x, w[a:z], bias(op, a, z), out[:, a:z])
+    elif code == Code.QUANTIZE_EXPERTS:
+        plan = plan_at(op.plan)
+        a, z = share(plan[PAIRS] * (n // BLOCK), part, parts)
+        quantize_experts(f32(op.a, rows, n), plan, a, z, u8(op.out, 1))
 
-    elif code == Code.MATMUL_Q40:
-        groups = packed_rows(m) // GROUP
-        a, z = share(groups, part, parts)
-        w = u8(op.w, groups, n // BLOCK, GROUP_BYTES)[a:z]
-        a, z = a * GROUP, min(m, z * GROUP)
-        out = f32(op.out, rows, m)[:, a:z]
-        matmul_q40(activations(op.a, rows, n), rows, w, bias(op, a, z), out)
+    elif code == Code.MATMUL_F32 or code == Code.EXPERTS_F32:
+        height = m // op.heads
+        a, z = share(count_matrices(op) * height, part, parts)
+        while a < z:
+            i, first = a // height, a % height
+            last = min(height, first + z - a)
+            source, count, weight, target = matrix(op, rows, i, height * n * 4)
+            x, w = f32(source, count, op.heads, n)[:, 0], f32(weight, height, n)[first:last]
+            start = bias(op, i * height + first, i * height + last)
+            ops.matmul_f32(x, w, start, f32(target, count, m)[:, first:last])
+            a += last - first
 
-    elif code == Code.MATMUL_Q80:
-        a, z = share(m, part, parts)
-        w, out = u8(op.w, m, n // BLOCK, 34), f32(op.out, rows, m)
-        ops.matmul_q80(activations(op.a, rows, n), rows, w[a:z], bias(op, a, z), out[:, a:z])
+    elif code == Code.MATMUL_Q40 or code == Code.EXPERTS_Q40:
+        height, blocks = m // op.heads, n // BLOCK
+        groups = packed_rows(height) // GROUP
+        a, z = share(count_matrices(op) * groups, part, parts)
+        while a < z:
+            i, group = a // groups, a % groups
+            stop = min(groups, group + z - a)
+            source, count, weight, target = matrix(op, rows, i, groups * blocks * GROUP_BYTES)
+            x = activations(source, count, n)
+            w = u8(weight, groups, blocks, GROUP_BYTES)[group:stop]
+            first, last = group * GROUP, min(height, stop * GROUP)
+            start = bias(op, i * height + first, i * height + last)
+            matmul_q40(x, count, w, start, f32(target, count, m)[:, first:last])
+            a += stop - group
+
+    elif code == Code.MATMUL_Q80 or code == Code.EXPERTS_Q80:
+        height, blocks = m // op.heads, n // BLOCK
+        a, z = share(count_matrices(op) * height, part, parts)
+        while a < z:
+            i, first = a // height, a % height
+            last = min(height, first + z - a)
+            source, count, weight, target = matrix(op, rows, i, height * blocks * 34)
+            x, w = activations(source, count, n), u8(weight, height, blocks, 34)[first:last]
+            start = bias(op, i * height + first, i * height + last)
+            ops.matmul_q80(x, count, w, start, f32(target, count, m)[:, first:last])
+            a += last - first
+
+    elif code == Code.ROUTE:
+        a, z = share(rows, part, parts)
+        route(
+            f32(op.a, rows, n)[a:z],
+            f32(op.c, n if op.c else 0),
+            op.kind != 0,
+            op.active,
+            op.group,
+            op.active_groups,
+            op.normalize != 0,
+            op.scale,
+            f32(op.out, rows, n)[a:z],
+        )
+
+    elif code == Code.MAKE_PLAN:
+        make_plan(f32(op.out, rows, n), op.active, plan_at(op.plan))
+
+    elif code == Code.COMBINE:
+        a, z = share(n, part, parts)
+        plan = plan_at(op.plan)
+        x, weights = f32(op.a, step[N_PAIRS], n), f32(op.b, rows, plan[EXPERTS])
+        combine(x[:, a:z], weights, plan, op.active, f32(op.out, rows, n)[:, a:z])
 
     elif code == Code.ROPE:
         a, z = share(op.heads, part, parts)
         cos, sin = f32(op.c, op.seq_len, m), f32(op.b, op.seq_len, m)
         x = f32(op.out, rows, op.heads, n)
-        ops.rope(i64(step[POSITIONS], rows), cos, sin, x[:, a:z])
+        ops.rope(i64(step[POSITIONS], rows), cos, sin, op.kind != 0, x[:, a:z])
+
+    elif code == Code.CONCAT:
+        a, z = share(rows, part, parts)
+        first, second = f32(op.a, rows, op.heads, n), f32(op.b, rows, op.heads, m - n)
+        ops.concat(first[a:z], second[a:z], f32(op.out, rows, op.heads, m)[a:z])
 
     elif code == Code.STORE_KEYS or code == Code.STORE_VALUES:
         a, z = share(op.heads, part, parts)
@@ -205,8 +313,10 @@ def run_part(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
             positions,
             op.first,
             op.group,
-            f32(step[PARTS], rows, op.heads, count_chunks(positions), n + 2),
-            f32(op.out, rows, op.heads, n),
+            op.scale,
+            f32(op.w, rows if op.w else 0, op.seq_len),
+            f32(step[PARTS], rows, op.heads, count_chunks(positions), m + 2),
+            f32(op.out, rows, op.heads, m),
             step[SCRATCH] + thread * step[SCRATCH_BYTES],
             part,
             parts,
@@ -216,8 +326,25 @@ def run_part(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
         chunks = count_chunks(i64(step[POSITIONS], rows))
         if chunks > 1:
             a, z = share(op.heads, part, parts)
-            found = f32(step[PARTS], rows, op.heads, chunks, n + 2)
-            join(found, a, z, f32(op.out, rows, op.heads, n))
+            found = f32(step[PARTS], rows, op.heads, chunks, m + 2)
+            join(found, a, z, f32(op.out, rows, op.heads, m))
+
+    elif code == Code.SELECT:
+        a, z = share(rows, part, parts)
+        select(
+            f32(op.a, rows, op.heads, n),
+            f32(op.b, rows, op.heads),
+            u8(op.c, op.n_slots, 1, op.pages, op.page_bytes),
+            op.kind,
+            i64(step[SLOTS], rows),
+            i64(step[POSITIONS], rows),
+            op.group,
+            op.scale,
+            f32(op.out, rows, op.seq_len),
+            step[SCRATCH] + thread * step[SCRATCH_BYTES],
+            a,
+            z,
+        )
 
     elif code == Code.SILU_MUL:
         a, z = share(rows * n, part, parts)
@@ -239,10 +366,11 @@ def run_part(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
         a, z = share(rows * n, part, parts)
         ops.add(f32(op.a, rows * n)[a:z], f32(op.out, rows * n)[a:z])
 
-    elif code == Code.GATHER:
-        a, z = share(rows, part, parts)
+    elif code == Code.GATHER or code == Code.DISPATCH:
+        index = i64(step[LOGITS], rows) if code == Code.GATHER else rows_of_pairs(op)
+        a, z = share(index.size, part, parts)
         x, out = f32(op.a, step[N_ROWS], n), f32(op.out, rows, n)
-        ops.gather(x, i64(step[LOGITS], rows)[a:z], out[a:z])
+        ops.gather(x, index[a:z], out[a:z])
 
 
 @kernel
@@ -250,6 +378,43 @@ def activations(address: int, rows: int, n: int) -> Any:
     """The tiles of a batch, uint8: see `layout`."""
     t = tile_rows(rows)
     return u8(address, (rows + t - 1) // t * t * (n // BLOCK) * ROW_BYTES)
+
+
+@kernel
+def plan_at(address: int) -> Any:
+    """A plan, int64."""
+    head = i64(address, HEAD)
+    return i64(address, plan_words(head[EXPERTS], head[ROOM]))
+
+
+@kernel
+def rows_of_pairs(op: Any) -> Any:
+    """The row of each pair of an op's plan."""
+    plan = plan_at(op.plan)
+    return lists(plan)[3][: plan[PAIRS]]
+
+
+@kernel
+def count_matrices(op: Any) -> int:
+    """How many matrices an op multiplies with: one for each head, or expert that has rows."""
+    return plan_at(op.plan)[LISTED] if op.plan else op.heads
+
+
+@kernel
+def matrix(op: Any, rows: int, i: int, nbytes: int) -> tuple[int, int, int, int]:
+    """Matrix i of an op, of so many bytes: its input, rows of that, weight, output; addresses."""
+    n, m = op.n, op.m
+    if op.plan:
+        plan = plan_at(op.plan)
+        experts, firsts, tiles = lists(plan)[:3]
+        pair = firsts[i]
+        before = tiles[i] * (n // BLOCK) * ROW_BYTES
+        if op.code == Code.EXPERTS_F32:
+            before = pair * n * 4
+        weight = i64(op.w, plan[EXPERTS])[experts[i]]
+        return op.a + before, firsts[i + 1] - pair, weight, op.out + pair * m * 4
+    before = n * 4 if op.code == Code.MATMUL_F32 else activation_bytes(rows, n)
+    return op.a + i * before, rows, op.w + i * nbytes, op.out + i * (m // op.heads) * 4
 
 
 @kernel

@@ -35,6 +35,22 @@ def rms_norm(x: Any, weight: Any, epsilon: float, out: Any) -> None:
 
 
 @kernel
+def layer_norm(x: Any, weight: Any, bias: Any, epsilon: float, out: Any) -> None:
+    """See `reference.layer_norm`."""
+    rows, n = x.shape
+    for row in range(rows):
+        total = float32(0)
+        for i in range(n):
+            total += x[row, i]
+        mean, squares = total / float32(n), float32(0)
+        for i in range(n):
+            squares += (x[row, i] - mean) * (x[row, i] - mean)
+        scale = float32(1 / math.sqrt(squares / n + epsilon))
+        for i in range(n):
+            out[row, i] = (x[row, i] - mean) * scale * weight[i] + bias[i]
+
+
+@kernel
 def quantize(x: Any, first: int, last: int, activations: Any) -> None:
     """See `reference.quantize`; blocks `first` to before `last` only, row by row."""
     rows, n = x.shape
@@ -94,17 +110,32 @@ def matmul_q80(activations: Any, rows: int, weight: Any, bias: Any, out: Any) ->
 
 
 @kernel
-def rope(positions: Any, cos: Any, sin: Any, x: Any) -> None:
+def rope(positions: Any, cos: Any, sin: Any, halves: bool, x: Any) -> None:
     """See `reference.rope`."""
     rows, heads, _ = x.shape
+    pairs = cos.shape[1]
+    step, apart = (1, pairs) if halves else (2, 1)  # from pair to pair, and within a pair
     for row in range(rows):
         position = positions[row]
         for head in range(heads):
-            for i in range(cos.shape[1]):
+            for i in range(pairs):
                 c, s = cos[position, i], sin[position, i]
-                even, odd = x[row, head, 2 * i], x[row, head, 2 * i + 1]
-                x[row, head, 2 * i] = even * c - odd * s
-                x[row, head, 2 * i + 1] = odd * c + even * s
+                one, other = step * i, step * i + apart
+                a, b = x[row, head, one], x[row, head, other]
+                x[row, head, one] = a * c - b * s
+                x[row, head, other] = b * c + a * s
+
+
+@kernel
+def concat(first: Any, second: Any, out: Any) -> None:
+    """See `reference.concat`."""
+    rows, heads, n = first.shape
+    for row in range(rows):
+        for head in range(heads):
+            for i in range(n):
+                out[row, head, i] = first[row, head, i]
+            for i in range(second.shape[2]):
+                out[row, head, n + i] = second[row, head, i]
 
 
 @kernel

@@ -10,8 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_kernels.blocks import dequantize_q40, dequantize_q80, quantize_q80
-from pyllama_kernels.layout import pack_activations, unpack_activations, unpack_weights
+from pyllama_kernels.layout import (
+    BLOCK,
+    ROW_BYTES,
+    activation_bytes,
+    pack_activations,
+    unpack_activations,
+    unpack_weights,
+)
 from pyllama_kernels.pages import KEPT_Q80, PAGE, read_positions, write_position
+from pyllama_kernels.plans import LISTED, PAIRS, lists, spans
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
@@ -99,22 +107,50 @@ def _product(activations: U8, rows: int, blocks: U8, dequantize: Any, bias: F32,
     matmul_f32(x, dequantize(blocks.reshape(m, n_blocks * size)), bias, out)
 
 
-def rope(positions: I64, cos: F32, sin: F32, x: F32) -> None:
-    """Turns pairs (2i, 2i + 1) of the first values of each head, in place.
+def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float, out: F32) -> None:
+    """(x - mean) * rsqrt(variance + epsilon) * weight + bias, row by row.
+
+    Args:
+        x: [rows, n] float32.
+        weight: [n] float32.
+        bias: [n] float32.
+        epsilon: added to the variance.
+        out: [rows, n] float32.
+
+    Source: Ba et al., Layer Normalization, 2016.
+    """
+    wide = x.astype(np.float64)
+    mean, variance = wide.mean(axis=1, keepdims=True), wide.var(axis=1, keepdims=True)
+    out[:] = (wide - mean) / np.sqrt(variance + epsilon) * weight + bias
+
+
+def rope(positions: I64, cos: F32, sin: F32, halves: bool, x: F32) -> None:
+    """Turns the first values of each head in pairs, in place.
 
     Args:
         positions: [rows] int64.
         cos: [seq_len, rotary_dim / 2] float32, by position and pair.
         sin: likewise.
+        halves: pairs are (i, i + rotary_dim / 2) if true, else (2i, 2i + 1).
         x: [rows, heads, head_dim] float32, changed in place.
 
-    Source: Su et al., RoFormer, 2021, in GLM's pairing (modeling_glm.py of transformers).
+    Source: Su et al., RoFormer, 2021; the pairs of modeling_glm.py and modeling_glm4_moe.py of
+    transformers.
     """
-    turned = 2 * cos.shape[1]
+    pairs = cos.shape[1]
     c, s = cos[positions][:, None, :], sin[positions][:, None, :]  # [rows, 1, pairs]
-    even, odd = x[:, :, 0:turned:2].copy(), x[:, :, 1:turned:2].copy()
-    x[:, :, 0:turned:2] = even * c - odd * s
-    x[:, :, 1:turned:2] = odd * c + even * s
+    if halves:
+        first, second = x[:, :, :pairs], x[:, :, pairs : 2 * pairs]
+    else:
+        first, second = x[:, :, 0 : 2 * pairs : 2], x[:, :, 1 : 2 * pairs : 2]
+    a, b = first.copy(), second.copy()
+    first[:] = a * c - b * s
+    second[:] = b * c + a * s
+
+
+def concat(first: F32, second: F32, out: F32) -> None:
+    """Heads side by side: [rows, heads, n], [rows, heads, m], [rows, heads, n + m] float32."""
+    out[:] = np.concatenate([first, second], axis=2)
 
 
 def store_keys(x: F32, slots: I64, positions: I64, kind: int, cache: U8) -> None:
@@ -150,24 +186,28 @@ def attention(
     positions: I64,
     first: int,
     group: int,
+    scale: float,
+    mask: F32,
     out: F32,
 ) -> None:
-    """softmax(q . k / sqrt(head_dim)) . v over the positions 0 to the row's own.
+    """softmax(q . k * scale + mask) . v over the positions 0 to the row's own.
 
     Args:
         query: [rows, heads, head_dim] float32.
         keys: [slots, kv_heads, pages, page bytes] uint8: see `cache`.
-        values: likewise.
+        values: likewise; or the same array, then values are the first numbers of the keys.
         kind: float type of the cache; keys of Q80 meet queries that are rounded to Q80.
         slots: [rows] int64.
         positions: [rows] int64.
         first: head h reads key head (first + h) // group.
         group: query heads that share a key head.
-        out: [rows, heads, head_dim] float32.
+        scale: of the scores.
+        mask: [rows, seq_len] float32, 0 or -inf; or [0, 0] for none.
+        out: [rows, heads, value_dim] float32.
 
-    Source: Vaswani et al., 2017; shared key heads: Ainslie et al., 2023.
+    Source: Vaswani et al., 2017; shared key heads: Ainslie et al., 2023; latent: DeepSeek-V2, 2024.
     """
-    n = query.shape[2]
+    n, value_dim, turned = query.shape[2], out.shape[2], keys is values
     if kind == KEPT_Q80:
         query = dequantize_q80(quantize_q80(query))
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
@@ -175,10 +215,161 @@ def attention(
             kv_head = (first + head) // group
             # [context, head_dim]
             k = read_positions(keys[slot, kv_head], n, kind, lanes_last=True)[: position + 1]
-            v = read_positions(values[slot, kv_head], n, kind, lanes_last=False)[: position + 1]
-            scores = k @ query[row, head] * np.float32(1 / np.sqrt(n))
+            v = k[:, :value_dim]
+            if not turned:
+                v = read_positions(values[slot, kv_head], n, kind, lanes_last=False)[: position + 1]
+            scores = k @ query[row, head] * np.float32(scale)
+            if mask.size:
+                scores += mask[row, : position + 1]
             weights = np.exp(scores - scores.max())
             out[row, head] = weights @ v / weights.sum()
+
+
+def select(
+    query: F32,
+    weights: F32,
+    keys: U8,
+    kind: int,
+    slots: I64,
+    positions: I64,
+    top_k: int,
+    scale: float,
+    out: F32,
+) -> None:
+    """0 at the top_k positions of the highest scores, -inf elsewhere: the indexer of GLM-5.
+
+    score = sum over heads of weight * relu(q . k * scale); of equal scores the earlier wins.
+
+    Args:
+        query: [rows, heads, head_dim] float32.
+        weights: [rows, heads] float32.
+        keys: [slots, 1, pages, page bytes] uint8: see `cache`.
+        kind: float type of the cache.
+        slots: [rows] int64.
+        positions: [rows] int64; only those up to the row's own are looked at.
+        top_k: how many are selected.
+        scale: of the products.
+        out: [rows, seq_len] float32.
+
+    Source: DeepSeek-V3.2, 2025; modeling_glm_moe_dsa.py of transformers.
+    """
+    n = query.shape[2]
+    out[:] = -np.inf
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        k = read_positions(keys[slot, 0], n, kind, lanes_last=True)[: position + 1]
+        products = np.maximum(query[row] @ k.T * np.float32(scale), 0)  # [heads, context]
+        scores = weights[row] @ products
+        chosen = np.argsort(-scores, kind="stable")[:top_k]
+        out[row, chosen] = 0
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a score may be anything
+def route(
+    x: F32,
+    bias: F32,
+    softmax: bool,
+    active: int,
+    groups: int,
+    active_groups: int,
+    normalize: bool,
+    scale: float,
+    out: F32,
+) -> None:
+    """The weight of each expert in a row, 0 for those that are not chosen.
+
+    The `active` highest of score + bias are chosen, in the groups whose best two have the largest
+    sums; of equal ones the first. NaN counts as the lowest.
+
+    Args:
+        x: [rows, experts] float32, the router's outputs.
+        bias: [experts] float32, or [0] for none.
+        softmax: scores are softmax(x) over a row if true, else sigmoid(x).
+        active: experts that are chosen for each row.
+        groups: of equally many experts that lie side by side.
+        active_groups: of which experts are chosen.
+        normalize: weights are scores divided by the sum of the chosen ones, else scores.
+        scale: of the weights.
+        out: [rows, experts] float32.
+
+    Source: modeling_glm4_moe.py of transformers; DeepSeek-V3, 2024.
+    """
+    if softmax:
+        powers = np.exp(x - x.max(axis=1, keepdims=True))
+        scores = powers / powers.sum(axis=1, keepdims=True)
+    else:
+        scores = 1 / (1 + np.exp(-x))
+    ranks = _or_lowest(scores + bias if bias.size else scores)
+    if active_groups < groups:
+        by_group = ranks.reshape(len(x), groups, x.shape[1] // groups)
+        best_two = _or_lowest(np.sort(by_group, axis=2)[:, :, -2:].sum(axis=2))
+        others = np.argsort(-best_two, axis=1, kind="stable")[:, active_groups:]
+        np.put_along_axis(by_group, others[:, :, None], -np.inf, axis=1)
+        ranks = by_group.reshape(x.shape)
+    chosen = np.argsort(-ranks, axis=1, kind="stable")[:, :active]
+    weights = np.take_along_axis(scores, chosen, axis=1)
+    if normalize:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-20))
+    out[:] = 0
+    np.put_along_axis(out, chosen, weights * np.float32(scale), axis=1)
+
+
+def _or_lowest(x: F32) -> F32:
+    return np.where(np.isnan(x), np.float32(-np.inf), x)
+
+
+def make_plan(route: F32, active: int, plan: I64) -> None:
+    """Which rows go to which expert: see `plans`.
+
+    Args:
+        route: [rows, experts] float32; what is not 0 is a pair, but for more than `active` of them.
+        active: experts that are chosen for each row.
+        plan: int64, made for so many experts and at least rows * active pairs.
+    """
+    experts, firsts, tiles, rows, chosen, pairs, _ = lists(plan)
+    by_row = [np.flatnonzero(weights)[:active] for weights in route]
+    found = sorted((expert, row) for row, those in enumerate(by_row) for expert in those)
+    numbers = {pair: number for number, pair in enumerate(found)}
+    listed, counts = np.unique([expert for expert, _ in found], return_counts=True)
+    plan[PAIRS], plan[LISTED] = len(found), len(listed)
+    experts[: len(listed)] = listed
+    firsts[: len(listed) + 1] = np.cumsum([0, *counts])
+    padded = [activation_bytes(count, BLOCK) // ROW_BYTES for count in counts]
+    tiles[: len(listed) + 1] = np.cumsum([0, *padded])
+    rows[: len(found)] = [row for _, row in found]
+    chosen[: len(route) * active] = pairs[: len(route) * active] = -1
+    for row, those in enumerate(by_row):
+        for place, expert in enumerate(those, row * active):
+            chosen[place], pairs[place] = expert, numbers[expert, row]
+
+
+def quantize_experts(x: F32, plan: I64, activations: U8) -> None:
+    """Q80 as the matrices of experts read it.
+
+    Args:
+        x: [pairs, n] float32.
+        plan: int64, see `plans`.
+        activations: uint8, the tiles of each expert's rows.
+    """
+    for _, pairs, tile in spans(plan):
+        quantize(x[pairs], activations[tile * (x.shape[1] // BLOCK) * ROW_BYTES :])
+
+
+def combine(x: F32, route: F32, plan: I64, active: int, out: F32) -> None:
+    """Sums of the rows of experts times their weights, in the order of the experts.
+
+    Args:
+        x: [pairs, n] float32.
+        route: [rows, experts] float32, the weights.
+        plan: int64, see `plans`.
+        active: experts that are chosen for each row.
+        out: [rows, n] float32.
+    """
+    _, _, _, _, chosen, pairs, _ = lists(plan)
+    for row, total in enumerate(out):
+        total[:] = 0
+        for place in range(row * active, (row + 1) * active):
+            if pairs[place] >= 0:
+                total += route[row, chosen[place]] * x[pairs[place]]
 
 
 def silu_mul(gate: F32, up: F32, out: F32) -> None:

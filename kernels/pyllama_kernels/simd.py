@@ -131,6 +131,11 @@ class Value:
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), [ir.Constant(I32, i) for i in lanes])
         return Value(self.asm, self.asm.builder.shuffle_vector(self.llvm, self.llvm, mask))
 
+    def lanes_with(self, other: "Value", *lanes: int) -> "Value":
+        """Some lanes of this vector and, numbered on, of another one."""
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), [ir.Constant(I32, i) for i in lanes])
+        return Value(self.asm, self.asm.builder.shuffle_vector(self.llvm, other.llvm, mask))
+
 
 @dataclass(frozen=True)
 class Asm:

@@ -1,6 +1,7 @@
 """The fast executor: a program becomes a table of ops, which compiled threads work through."""
 
 import threading
+from itertools import islice
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -8,13 +9,18 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dist.config import FloatType
-from pyllama_dist.executor.memory import Memory, ops_of, parts_bytes, zeros
+from pyllama_dist.config import FloatType, Pairs, Scoring
+from pyllama_dist.executor.memory import Memory, ops_of, parts_bytes, rope_kind, zeros
 from pyllama_dist.program import (
     Add,
     Attention,
     Batch,
+    Combine,
+    Concat,
+    Dispatch,
+    ExpertMatmul,
     Gather,
+    LayerNorm,
     Matmul,
     Merge,
     Op,
@@ -22,13 +28,17 @@ from pyllama_dist.program import (
     Quantize,
     RmsNorm,
     Rope,
+    Route,
+    Rows,
+    Select,
     SiluMul,
-    StoreKv,
+    Store,
     own_slot,
 )
 from pyllama_kernels import oploop, team
 from pyllama_kernels.attention import scratch_bytes
 from pyllama_kernels.oploop import OP, Code
+from pyllama_kernels.selection import select_scratch_bytes
 
 _JOIN_SECONDS = 5.0
 
@@ -36,6 +46,16 @@ _MATMUL = {
     FloatType.F32: Code.MATMUL_F32,
     FloatType.Q40: Code.MATMUL_Q40,
     FloatType.Q80: Code.MATMUL_Q80,
+}
+_EXPERTS = {
+    FloatType.F32: Code.EXPERTS_F32,
+    FloatType.Q40: Code.EXPERTS_Q40,
+    FloatType.Q80: Code.EXPERTS_Q80,
+}
+_ROWS: dict[Rows, int] = {
+    "batch": oploop.N_ROWS,
+    "logits": oploop.N_LOGITS,
+    "experts": oploop.N_PAIRS,
 }
 
 
@@ -49,7 +69,7 @@ class CompiledExecutor:
     def __init__(self, program: Program, n_threads: int) -> None:
         self.memory = Memory(program)
         self._n_threads = n_threads
-        self._table, self._starts = _table(program, self.memory)
+        self._table, self._starts, self._addresses = _table(program, self.memory)
         self._state = team.new_state()
         self._attention = _AttentionMemory(program, n_threads)
         self._step = np.zeros(oploop.STEP_WORDS, np.int64)
@@ -74,6 +94,7 @@ class CompiledExecutor:
         self.memory.set_batch(batch)
         self._step[oploop.N_ROWS] = self.memory.n_rows
         self._step[oploop.N_LOGITS] = self.memory.n_logits
+        self._step[oploop.N_PAIRS] = self.memory.n_pairs
         self._stepping = True
         oploop.call(self._state)
         for enter in self._enter:
@@ -130,8 +151,13 @@ def _address(array: npt.NDArray[Any]) -> int:
     return array.ctypes.data
 
 
-def _table(program: Program, memory: Memory) -> tuple[npt.NDArray[Any], list[int]]:
-    """The program as rows of OP, and where each segment starts (one entry more than segments)."""
+def _table(
+    program: Program, memory: Memory
+) -> tuple[npt.NDArray[Any], list[int], list[npt.NDArray[np.int64]]]:
+    """The program as rows of OP, and where each segment starts (one entry more than segments).
+
+    With the addresses of experts' weights, which rows point to: they must live as long.
+    """
     lowering = _Lowering(program, memory)
     rows: list[dict[str, float]] = []
     starts = [0]
@@ -143,7 +169,7 @@ def _table(program: Program, memory: Memory) -> tuple[npt.NDArray[Any], list[int
     for row, fields in zip(table, rows, strict=True):
         for field, value in fields.items():
             row[field] = value
-    return table, starts
+    return table, starts, lowering.addresses
 
 
 class _AttentionMemory:
@@ -152,7 +178,12 @@ class _AttentionMemory:
     def __init__(self, program: Program, n_threads: int) -> None:
         ops = ops_of(program, Attention)
         parts = max((parts_bytes(program, op) for op in ops), default=0)
-        scratch = max((scratch_bytes(cache.head_dim) for cache in program.caches), default=0)
+        needs = [scratch_bytes(cache.head_dim) for cache in program.caches]
+        widths = {b.name: b.width for b in program.buffers}
+        for op in ops_of(program, Select):
+            heads = widths[op.weights]
+            needs.append(select_scratch_bytes(heads, widths[op.query] // max(1, heads)))
+        scratch = max(needs, default=0)
         self.parts = zeros((parts,), np.uint8)
         self.scratch = zeros((n_threads, -(-scratch // 64) * 64), np.uint8)
 
@@ -167,50 +198,95 @@ class _Lowering:
         self.widths = {buffer.name: buffer.width for buffer in program.buffers}
         self.caches = {cache.name: cache for cache in program.caches}
         self.weights = iter(memory.weights)
+        self.addresses: list[npt.NDArray[np.int64]] = []  # of the experts of one op each
+        self.plan = 0  # address of the latest route's plan
 
     def rows(self, op: Op) -> list[dict[str, float]]:
         """The rows of one op, usually one. Weights are taken in the order of the ops."""
         m, p = self.memory, self.program
         match op:
             case RmsNorm():
-                row = self.row(Code.RMS_NORM, op.target, n=self.width(op.source))
+                n = op.weight.shape[1]
+                row = self.row(Code.RMS_NORM, op.target, n=n)
                 row |= {"a": self.at(op.source), "epsilon": op.epsilon}
+                row |= {"heads": self.width(op.source) // n}
                 return [row | {"w": _address(next(self.weights))}]
+            case LayerNorm():
+                row = self.row(Code.LAYER_NORM, op.target, n=self.width(op.source))
+                row |= {"a": self.at(op.source), "epsilon": op.epsilon}
+                row |= {"w": _address(next(self.weights))}
+                return [row | {"c": _address(next(self.weights))}]
             case Quantize():
                 code = Code.PACK_Q80 if op.target in m.pipes else Code.QUANTIZE
-                fields = {"a": self.at(op.source), "n": self.width(op.source)}
-                return [self.row(code, op.target, **fields)]
+                if code == Code.QUANTIZE and self.kinds[op.target] == "experts":
+                    code = Code.QUANTIZE_EXPERTS
+                row = self.row(code, op.target, a=self.at(op.source), heads=op.heads)
+                row |= {"plan": self.plan}
+                return [row | {"n": self.width(op.source) // op.heads}]
             case Matmul():
-                row = self.row(_MATMUL[op.weight.float_type], op.target)
+                row = self.row(_MATMUL[op.weight.float_type], op.target, heads=op.heads)
                 row |= {"a": self.at(op.source), "w": _address(next(self.weights))}
                 row |= {"n": op.weight.shape[1], "m": op.weight.shape[0]}
                 if op.bias is not None:
                     row["c"] = _address(next(self.weights))
                 return [row]
             case Rope():
-                cos, sin = m.rope[op.rotary_dim, op.theta]
+                cos, sin = m.rope[rope_kind(op)]
                 row = self.row(Code.ROPE, op.target, n=op.head_dim, m=op.rotary_dim // 2)
                 heads = self.width(op.target) // op.head_dim
-                row |= {"heads": heads, "seq_len": p.seq_len}
+                row |= {"heads": heads, "seq_len": p.seq_len, "kind": op.pairs is Pairs.HALVES}
                 return [row | {"c": _address(cos), "b": _address(sin)}]
-            case StoreKv():
-                return [
-                    self.row(code, source, a=self.at(source))
-                    | self.cache(cache)
-                    | {"heads": self.caches[cache].kv_heads, "out": _address(m.caches[cache])}
-                    for code, source, cache in (
-                        (Code.STORE_KEYS, op.keys, op.key_cache),
-                        (Code.STORE_VALUES, op.values, op.value_cache),
-                    )
-                ]
+            case Concat():
+                row = self.row(Code.CONCAT, op.target, heads=op.heads)
+                row |= {"a": self.at(op.first), "b": self.at(op.second)}
+                row |= {"n": self.width(op.first) // op.heads}
+                return [row | {"m": self.width(op.target) // op.heads}]
+            case Store():
+                code = Code.STORE_KEYS if op.keys else Code.STORE_VALUES
+                row = self.row(code, op.source, a=self.at(op.source)) | self.cache(op.cache)
+                heads = self.caches[op.cache].kv_heads
+                return [row | {"heads": heads, "out": _address(m.caches[op.cache])}]
             case Attention():
                 row = self.row(Code.ATTEND, op.target, a=self.at(op.query))
                 row |= self.cache(op.key_cache)
-                row |= {"heads": self.width(op.query) // self.caches[op.key_cache].head_dim}
+                heads = self.width(op.query) // self.caches[op.key_cache].head_dim
+                row |= {"heads": heads, "m": self.width(op.target) // max(1, heads)}
                 row |= {"c": _address(m.caches[op.key_cache])}
                 row |= {"b": _address(m.caches[op.value_cache])}
-                row |= {"first": op.first, "group": op.group}
+                row |= {"first": op.first, "group": op.group, "scale": op.scale}
+                if op.selection is not None:
+                    row |= {"w": self.at(op.selection), "seq_len": p.seq_len}
                 return [row, row | {"code": Code.JOIN}]
+            case Select():
+                row = self.row(Code.SELECT, op.target, a=self.at(op.query)) | self.cache(op.cache)
+                row |= {"b": self.at(op.weights), "c": _address(m.caches[op.cache])}
+                row |= {"heads": self.width(op.weights), "group": op.top_k}
+                return [row | {"scale": op.scale, "seq_len": p.seq_len}]
+            case Route():
+                self.plan = _address(m.plans[op.target])
+                row = self.row(Code.ROUTE, op.target, n=self.width(op.source), plan=self.plan)
+                row |= {"a": self.at(op.source), "kind": op.scoring is Scoring.SOFTMAX}
+                row |= {"active": op.active, "normalize": op.normalize, "scale": op.scale}
+                row |= {"group": op.groups, "active_groups": op.active_groups}
+                if op.bias is not None:
+                    row["c"] = _address(next(self.weights))
+                return [row, row | {"code": Code.MAKE_PLAN}]
+            case Dispatch():
+                row = self.row(Code.DISPATCH, op.target, plan=_address(m.plans[op.route]))
+                return [row | {"a": self.at(op.source), "n": self.width(op.source)}]
+            case ExpertMatmul():
+                experts = islice(self.weights, op.weight.count)
+                addresses = np.array([_address(weight) for weight in experts], np.int64)
+                self.addresses.append(addresses)
+                row = self.row(_EXPERTS[op.weight.float_type], op.target, heads=1)
+                row |= {"a": self.at(op.source), "w": _address(addresses)}
+                row |= {"plan": _address(m.plans[op.route])}
+                rows, cols = op.weight.each[0].shape
+                return [row | {"n": cols, "m": rows}]
+            case Combine():
+                row = self.row(Code.COMBINE, op.target, plan=_address(m.plans[op.route]))
+                row |= {"a": self.at(op.source), "b": self.at(op.route)}
+                return [row | {"n": self.width(op.source), "active": p.n_experts}]
             case SiluMul():
                 fields = {"a": self.at(op.gate), "b": self.at(op.up), "n": self.width(op.gate)}
                 return [self.row(Code.SILU_MUL, op.target, **fields)]
@@ -230,8 +306,8 @@ class _Lowering:
 
     def row(self, code: Code, target: str, **fields: float) -> dict[str, float]:
         """A row that writes to `target`; how many rows of memory that is follows from it."""
-        logits = self.kinds[target] == "logits"
-        return {"code": code, "logits": logits, "out": self.at(target), **fields}
+        rows = _ROWS[self.kinds[target]]
+        return {"code": code, "rows": rows, "out": self.at(target), **fields}
 
     def at(self, name: str) -> int:
         """Address of a buffer, or of this node's slot of a pipe."""

@@ -9,16 +9,18 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dist.config import FloatType
+from pyllama_dist.config import FloatType, RopeScaling
 from pyllama_dist.program import (
     Attention,
     Batch,
     Buffer,
     Cache,
+    ExpertMatmul,
     Op,
     Pipe,
     Program,
     Rope,
+    Route,
     Weight,
     slots_used,
     weights,
@@ -27,15 +29,18 @@ from pyllama_kernels.blocks import BLOCK
 from pyllama_kernels.layout import (
     GROUP,
     GROUP_BYTES,
+    ROW_BYTES,
     activation_bytes,
     pack_weights_in_place,
     packed_rows,
 )
 from pyllama_kernels.pages import CHUNK, FEW, PAGE, page_bytes
+from pyllama_kernels.plans import most_tile_rows, new_plan, plan_words
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
+RopeKind = tuple[int, float, RopeScaling | None]  # rotary_dim, theta, scaling
 _HUGE = 2 << 20  # bytes of a huge page
 _POSITIONS = 4096  # whose angles are worked out at once
 _T = TypeVar("_T", bound=np.generic)
@@ -59,17 +64,34 @@ def planned_bytes(program: Program) -> int:
     positions = -(-program.seq_len // PAGE) * PAGE  # caches are whole pages
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
-    tables = sum(4 * rotary_dim for rotary_dim, _ in _rope_kinds(program))
+    tables = sum(4 * rotary_dim for rotary_dim, _, _ in _rope_kinds(program))
     facts = 8 * (2 * program.max_rows + program.max_logits)
     held = sum(_room(weight) for weight in weights(program))
     kept = caches * program.n_slots * positions + tables * program.seq_len
     parts = max((parts_bytes(program, op) for op in ops_of(program, Attention)), default=0)
-    return held + kept + buffers + pipes + facts + parts
+    plans = sum(8 * _plan_words(program, n_experts) for n_experts in _routes(program).values())
+    plans += sum(8 * op.weight.count for op in ops_of(program, ExpertMatmul))  # their addresses
+    return held + kept + buffers + pipes + facts + parts + plans
 
 
-def _rope_kinds(program: Program) -> set[tuple[int, float]]:
-    """The rotary_dim and theta of each table that a program needs."""
-    return {(op.rotary_dim, op.theta) for op in ops_of(program, Rope)}
+def rope_kind(op: Rope) -> RopeKind:
+    """What the table of cosines and sines depends on."""
+    return op.rotary_dim, op.theta, op.scaling
+
+
+def _rope_kinds(program: Program) -> set[RopeKind]:
+    """The tables that a program needs."""
+    return {rope_kind(op) for op in ops_of(program, Rope)}
+
+
+def _routes(program: Program) -> dict[str, int]:
+    """The buffers that routes are written to, and how many experts each tells apart."""
+    routed = {op.target for op in ops_of(program, Route)}
+    return {buffer.name: buffer.width for buffer in program.buffers if buffer.name in routed}
+
+
+def _plan_words(program: Program, n_experts: int) -> int:
+    return plan_words(n_experts, program.rows_of("experts"))
 
 
 def parts_bytes(program: Program, op: Attention) -> int:
@@ -77,7 +99,7 @@ def parts_bytes(program: Program, op: Attention) -> int:
     head_dim = next(c.head_dim for c in program.caches if c.name == op.key_cache)
     width = next(b.width for b in program.buffers if b.name == op.query)
     chunks = -(-program.seq_len // CHUNK)
-    return 4 * FEW * width // head_dim * chunks * (head_dim + 2)
+    return 4 * FEW * width // head_dim * chunks * (head_dim + 2)  # values are no wider than keys
 
 
 def ops_of(program: Program, kind: type[_Op]) -> Iterator[_Op]:
@@ -90,6 +112,9 @@ def _buffer_bytes(program: Program, buffer: Buffer) -> int:
     rows = program.rows_of(buffer.rows)
     if buffer.float_type is FloatType.F32:
         return 4 * rows * buffer.width
+    if buffer.rows == "experts":
+        n_experts = max(_routes(program).values(), default=rows)
+        return most_tile_rows(rows, n_experts) * (buffer.width // BLOCK) * ROW_BYTES
     # A small batch has small tiles, but never takes more than the largest one.
     return activation_bytes(max(rows, 4), buffer.width)
 
@@ -157,16 +182,20 @@ def _arenas(sizes: Sequence[int]) -> list[U8]:
     return [raw[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
-def rope_tables(seq_len: int, rotary_dim: int, theta: float) -> tuple[F32, F32]:
-    """Cosines and sines of position * theta^(-2i / rotary_dim).
+def rope_tables(
+    seq_len: int, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[F32, F32]:
+    """Cosines and sines of position * theta^(-2i / rotary_dim), the frequencies maybe scaled.
 
     Returns:
         Two arrays [seq_len, rotary_dim / 2] float32.
 
-    Source: rope type "default" of transformers.
+    Source: rope types "default" and "llama3" of transformers.
     """
     pairs = np.arange(rotary_dim // 2, dtype=np.float64)
     frequencies = theta ** (-2 * pairs / rotary_dim)
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
     cos = np.empty((seq_len, len(pairs)), np.float32)
     sin = np.empty_like(cos)
     for start in range(0, seq_len, _POSITIONS):  # in float64, but never all of it
@@ -174,6 +203,16 @@ def rope_tables(seq_len: int, rotary_dim: int, theta: float) -> tuple[F32, F32]:
         cos[start : start + _POSITIONS] = np.cos(angles)
         sin[start : start + _POSITIONS] = np.sin(angles)
     return cos, sin
+
+
+def _scaled(frequencies: npt.NDArray[np.float64], s: RopeScaling) -> npt.NDArray[np.float64]:
+    """Long waves are stretched by the factor, short ones stay, those between change over."""
+    turns = s.original_max_seq_len * frequencies / (2 * np.pi)  # within the trained length
+    span = s.high_freq_factor - s.low_freq_factor
+    # Where both are one there is nothing between: long or short.
+    share = (turns - s.low_freq_factor) / span if span else turns > s.high_freq_factor
+    kept: npt.NDArray[np.float64] = np.clip(share, 0, 1).astype(np.float64)
+    return frequencies * (kept + (1 - kept) / s.factor)
 
 
 class Memory:
@@ -184,19 +223,21 @@ class Memory:
         self.pipes = {pipe.name: self._pipe(pipe) for pipe in program.pipes}
         self.buffers = {buffer.name: self._buffer(buffer) for buffer in program.buffers}
         self.caches = {cache.name: self._cache(cache) for cache in program.caches}
+        # Beside each route: which rows go to which expert.
+        self.plans = {name: self._plan(count) for name, count in _routes(program).items()}
         self._specs = list(weights(program))
         self._rooms = _arenas([_room(weight) for weight in self._specs])
         # As they arrive, in the order of a file; `settle` turns them into what kernels read.
         self.weights: list[U8] = [
             room[: weight.nbytes] for room, weight in zip(self._rooms, self._specs, strict=True)
         ]
-        self.rope: dict[tuple[int, float], tuple[F32, F32]] = {
+        self.rope: dict[RopeKind, tuple[F32, F32]] = {
             kind: rope_tables(program.seq_len, *kind) for kind in _rope_kinds(program)
         }
         self.slots: I64 = np.zeros(program.max_rows, np.int64)
         self.positions: I64 = np.zeros(program.max_rows, np.int64)
         self.logits: I64 = np.zeros(program.max_logits, np.int64)
-        self.n_rows = self.n_logits = 0
+        self.n_rows = self.n_logits = self.n_pairs = 0
 
     def _pipe(self, pipe: Pipe) -> PipeMemory:
         held = slots_used(self.program, pipe)
@@ -212,6 +253,10 @@ class Memory:
         p = self.program
         pages, size = -(-p.seq_len // PAGE), page_bytes(cache.float_type.value, cache.head_dim)
         return zeros((p.n_slots, cache.kv_heads, pages, size), np.uint8)
+
+    def _plan(self, n_experts: int) -> I64:
+        words = zeros((_plan_words(self.program, n_experts),), np.int64)
+        return new_plan(n_experts, self.program.rows_of("experts"), words)
 
     def settle(self, index: int) -> None:
         """A weight is complete: brings it into the order in which the kernels read it."""
@@ -236,6 +281,7 @@ class Memory:
     def set_batch(self, batch: Batch) -> None:
         """The rows that the next segments work on."""
         self.n_rows, self.n_logits = len(batch.slots), len(batch.logits)
+        self.n_pairs = self.n_rows * self.program.n_experts
         self.slots[: self.n_rows] = batch.slots
         self.positions[: self.n_rows] = batch.positions
         self.logits[: self.n_logits] = batch.logits

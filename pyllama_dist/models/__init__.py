@@ -4,7 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyllama_dist.config import Arch, Architecture, ModelConfig
-from pyllama_dist.models import glm, glm4
+from pyllama_dist.models import (
+    glm,
+    glm4,
+    glm4_moe,
+    glm4_moe_lite,
+    glm_moe_dsa,
+    llama,
+    qwen3,
+    qwen3_moe,
+)
 from pyllama_dist.models.plan import Plan
 from pyllama_dist.program import Program
 
@@ -17,6 +26,15 @@ class Model(Architecture):
 
 
 ARCHITECTURES: dict[Arch, Model] = {
-    Arch.GLM: Model(glm.config_from_hf, glm.tensors, glm.build),
-    Arch.GLM4: Model(glm4.config_from_hf, glm4.tensors, glm4.build),
+    arch: Model(module.config_from_hf, module.tensors, module.build)
+    for arch, module in {
+        Arch.GLM: glm,
+        Arch.GLM4: glm4,
+        Arch.GLM4_MOE: glm4_moe,
+        Arch.GLM4_MOE_LITE: glm4_moe_lite,
+        Arch.GLM_MOE_DSA: glm_moe_dsa,
+        Arch.LLAMA: llama,
+        Arch.QWEN3: qwen3,
+        Arch.QWEN3_MOE: qwen3_moe,
+    }.items()
 }

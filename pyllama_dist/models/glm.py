@@ -3,41 +3,29 @@
 Source of the equations: modeling_glm.py of transformers 5.23.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from pyllama_dist.config import Arch, FloatType, ModelConfig, Tensor
-from pyllama_dist.models.checkpoint import dense_config
-from pyllama_dist.models.dense import Dense, Step, dense_tensors
+from pyllama_dist.config import Arch, FloatType, ModelConfig, Pairs, Tensor
+from pyllama_dist.models.fields import Fields, common_config
+from pyllama_dist.models.layers import Layers
 from pyllama_dist.models.plan import Plan
-from pyllama_dist.program import Add, Program
+from pyllama_dist.models.tensors import model_tensors
+from pyllama_dist.program import Program
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
     """Configuration from a parsed `config.json`."""
-    return dense_config(Arch.GLM, hf, weights)
+    return common_config(Fields(Arch.GLM, hf), weights, rotary=0.5, pairs=Pairs.ADJACENT)
 
 
 def tensors(c: ModelConfig) -> list[Tensor]:
     """The tensors of a `.m` file, in their order."""
-    return dense_tensors(c, norms=("input_layernorm", "post_attention_layernorm"))
+    return model_tensors(c, norms=NORMS, fused=True)
 
 
 def build(c: ModelConfig, plan: Plan, node: int) -> Program:
     """The program of one node."""
-    dense = Dense(c, plan, node)
-    return dense.program(_steps(c, dense))
-
-
-def _steps(c: ModelConfig, dense: Dense) -> Iterator[Step]:
-    yield from dense.start()
-    for layer in range(c.n_layers):
-        at = f"layers.{layer}."
-        yield dense.norm("x", "y", f"{at}input_layernorm")
-        yield from dense.attention(at)
-        yield from dense.all_reduce("sum")
-        yield Add("sum", "x")
-        yield dense.norm("x", "y", f"{at}post_attention_layernorm")
-        yield from dense.ffn(at)
-        yield from dense.all_reduce("sum")
-        yield Add("sum", "x")
-    yield from dense.head()
+    layers = Layers(c, plan, node)
+    return layers.program(layers.pre_norm())

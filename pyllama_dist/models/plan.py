@@ -38,9 +38,11 @@ def shares(config: ModelConfig, n_nodes: int) -> tuple[Share, ...]:
     return partition(
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
+        head_dim=config.value_dim,
         ffn_dim=config.ffn_dim,
         vocab_size=config.vocab_size,
         n_nodes=n_nodes,
         block=config.weights.block,
+        expert_dim=config.experts.ffn_dim if config.experts else 0,
+        shared_dim=config.experts.shared_ffn_dim if config.experts else 0,
     )

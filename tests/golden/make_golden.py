@@ -5,7 +5,7 @@ Run it in an environment of its own, as it needs more than the project does:
     pip install torch==2.13.0 transformers==5.23.0
     python tests/golden/make_golden.py
 
-It is deterministic: run again, it leaves the same files. Each folder is a checkpoint as
+With names of folders behind it, it makes those only. It is deterministic: run again, it leaves the same files. Each folder is a checkpoint as
 transformers saves it, with `golden.npz` beside it, which holds
 
 - `tokens`, [40] int64: a random prompt;
@@ -16,12 +16,22 @@ transformers saves it, with `golden.npz` beside it, which holds
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    GlmConfig,
+    GlmMoeDsaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 HERE = Path(__file__).parent
 VOCAB = 331
@@ -32,7 +42,7 @@ LEAST_MARGIN = 0.01  # between the best two logits of a greedy step: rounding mu
 @dataclass(frozen=True)
 class Variant:
     name: str
-    config: GlmConfig | Glm4Config
+    config: PreTrainedConfig
     dtype: torch.dtype
     seed: int
     shard: str = "1GB"
@@ -74,6 +84,58 @@ def config(
     )
 
 
+def experts(**fields: object) -> dict[str, object]:
+    """Fields of a mixture of experts, and what all tiny models with one have in common."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": [0, 5, 7],
+    } | fields
+
+
+def grouped_heads(*, qk_norm: bool) -> dict[str, object]:
+    return {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": qk_norm,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+        },
+    }
+
+
+def latent_heads(heads: int) -> dict[str, object]:
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+
+
+# Many heads: a score that relu makes 0 for all of them would be a tie, which anyone may break.
+INDEXER = {"index_n_heads": 16, "index_head_dim": 32}
+
 VARIANTS = (
     Variant(
         "glm_f32",
@@ -113,13 +175,62 @@ VARIANTS = (
         seed=6,
         shard="250KB",
     ),
+    Variant(
+        "glm4_moe_f32",
+        Glm4MoeConfig(**experts(**grouped_heads(qk_norm=False))),
+        torch.float32,
+        seed=7,
+    ),
+    Variant(
+        "glm4_moe_groups_bf16",
+        Glm4MoeConfig(
+            **experts(
+                **grouped_heads(qk_norm=True),
+                n_routed_experts=12,
+                n_group=4,
+                topk_group=2,
+                n_shared_experts=2,
+                first_k_dense_replace=0,
+                num_hidden_layers=2,
+            )
+        ),
+        torch.bfloat16,
+        seed=8,
+    ),
+    Variant(
+        "glm4_moe_lite_bf16",
+        Glm4MoeLiteConfig(**experts(**latent_heads(7))),
+        torch.bfloat16,
+        seed=9,
+    ),
+    Variant(
+        "glm_moe_dsa_dense_bf16",
+        GlmMoeDsaConfig(**experts(**latent_heads(5), **INDEXER, index_topk=512)),
+        torch.bfloat16,
+        seed=10,
+    ),
+    Variant(
+        "glm_moe_dsa_sparse_bf16",
+        GlmMoeDsaConfig(
+            **experts(
+                **latent_heads(5),
+                **INDEXER,
+                index_topk=12,
+                num_hidden_layers=4,
+                indexer_types=["full", "full", "shared", "full"],
+            )
+        ),
+        torch.bfloat16,
+        seed=11,
+    ),
 )
 
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Weights under which every mistake shows: spread logits, norms away from 1, large biases."""
-    for name, weight in model.named_parameters():
+    biases = [item for item in model.named_buffers() if item[0].endswith("correction_bias")]
+    for name, weight in [*model.named_parameters(), *biases]:
         noise = torch.randn(weight.shape, generator=generator)
         if name.endswith("bias"):
             weight.copy_(0.5 * noise)
@@ -178,5 +289,7 @@ def make(variant: Variant) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    wanted = sys.argv[1:] or [variant.name for variant in VARIANTS]
     for variant in VARIANTS:
-        make(variant)
+        if variant.name in wanted:
+            make(variant)

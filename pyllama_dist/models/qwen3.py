@@ -1,0 +1,35 @@
+"""Qwen3 (`model_type` qwen3): norms of query and key heads.
+
+Source of the equations: modeling_qwen3.py of transformers 5.23.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pyllama_dist.config import Arch, FloatType, ModelConfig, Pairs, Tensor
+from pyllama_dist.models.fields import Fields, common_config
+from pyllama_dist.models.layers import Layers
+from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.tensors import model_tensors
+from pyllama_dist.program import Program
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
+    """Configuration from a parsed `config.json`."""
+    fields = Fields(Arch.QWEN3, hf)
+    fields.refuse({"attention_bias": (None, False), "use_sliding_window": (None, False)})
+    config = common_config(fields, weights, rotary=1.0, pairs=Pairs.HALVES)
+    return replace(config, qk_norm=True)
+
+
+def tensors(c: ModelConfig) -> list[Tensor]:
+    """The tensors of a `.m` file, in their order."""
+    return model_tensors(c, norms=NORMS)
+
+
+def build(c: ModelConfig, plan: Plan, node: int) -> Program:
+    """The program of one node."""
+    layers = Layers(c, plan, node)
+    return layers.program(layers.pre_norm())

@@ -1,0 +1,56 @@
+"""Qwen3-MoE (`model_type` qwen3_moe): a softmax over all experts, of which some are taken.
+
+Source of the equations: modeling_qwen3_moe.py of transformers 5.23.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pyllama_dist.config import Arch, Experts, FloatType, ModelConfig, Pairs, Scoring, Tensor
+from pyllama_dist.models.fields import Fields, check_experts, common_config
+from pyllama_dist.models.layers import Layers
+from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.tensors import model_tensors
+from pyllama_dist.program import Program
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
+    """Configuration from a parsed `config.json`."""
+    fields = Fields(Arch.QWEN3_MOE, hf)
+    fields.refuse(
+        {
+            "attention_bias": (None, False),
+            "use_sliding_window": (None, False),
+            "mlp_only_layers": (None, []),
+            "decoder_sparse_step": (None, 1),
+        }
+    )
+    experts = Experts(
+        count=fields.integer("num_experts", 4096),
+        active=fields.integer("num_experts_per_tok", 256),
+        ffn_dim=fields.integer("moe_intermediate_size"),
+        shared_ffn_dim=0,
+        dense_layers=0,
+        scoring=Scoring.SOFTMAX,
+        bias=False,
+        groups=1,
+        active_groups=1,
+        normalize=fields.flag("norm_topk_prob"),
+        scale=1.0,
+    )
+    check_experts(experts)
+    config = common_config(fields, weights, rotary=1.0, pairs=Pairs.HALVES)
+    return replace(config, qk_norm=True, experts=experts)
+
+
+def tensors(c: ModelConfig) -> list[Tensor]:
+    """The tensors of a `.m` file, in their order."""
+    return model_tensors(c, norms=NORMS)
+
+
+def build(c: ModelConfig, plan: Plan, node: int) -> Program:
+    """The program of one node."""
+    layers = Layers(c, plan, node)
+    return layers.program(layers.pre_norm())
