@@ -24,9 +24,9 @@ import sys
 from pathlib import Path
 from pyllama_dist.config import FloatType
 from pyllama_dist.formats.convert import convert
-from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.models import CHECKPOINTS
 source, out, weights = sys.argv[1:]
-convert(Path(source), Path(out), FloatType[weights.upper()], ARCHITECTURES, lambda done, size: None)
+convert(Path(source), Path(out), FloatType[weights.upper()], CHECKPOINTS, lambda done, size: None)
 """
 
 

@@ -1,6 +1,6 @@
 """A conversation: messages to tokens, tokens to an engine, tokens back to text."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,12 @@ from pyllama_dist.engine import Engine, Generation
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import read_json
 from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.model_dir import ModelPaths
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.sampler import Sampler, Sampling
 from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.special import Rendered
+from pyllama_dist.text.thinking import CLOSE, OPEN, Piece, Reply
 from pyllama_dist.text.tokenizer import Tokenizer
 
 DEFAULT = Sampling()
@@ -38,26 +41,27 @@ class ModelParts:
 
 
 @contextmanager
-def open_model(directory: Path) -> Iterator[ModelParts]:
-    """Opens a directory made by `convert`.
+def open_model(model: Path, tokenizer_path: Path | None = None) -> Iterator[ModelParts]:
+    """Opens a directory made by `convert`, or a `.m` file and its tokenizer (see `ModelPaths`).
 
     Raises:
+        UsageError: several files could be meant.
         FileError: a file is missing or damaged.
     """
-    with ModelFile.open(directory / "model.m", ARCHITECTURES) as file:
-        tokenizer = Tokenizer.open(directory)
-        template = ChatTemplate.open(directory, tokenizer)
-        config = directory / "generation_config.json"
+    paths = ModelPaths.find(model, tokenizer_path)
+    with ModelFile.open(paths.model, ARCHITECTURES) as file:
+        tokenizer, template = paths.text()
+        config = paths.directory / "generation_config.json"
         try:
             defaults = _defaults(read_json(config)) if config.exists() else DEFAULT
         except (UsageError, OverflowError) as error:
             raise FileError(f"{config}: {error}; mend or remove them there") from None
         if tokenizer.vocab_size > file.config.vocab_size:
             raise FileError(
-                f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
+                f"{paths.tokenizer} has {tokenizer.vocab_size} tokens, {paths.model} "
                 f"{file.config.vocab_size}; they are of different checkpoints"
             )
-        yield ModelParts(directory.resolve().name, file, tokenizer, template, defaults)
+        yield ModelParts(paths.name, file, tokenizer, template, defaults)
 
 
 def _defaults(config: dict[str, object]) -> Sampling:
@@ -72,36 +76,70 @@ def _defaults(config: dict[str, object]) -> Sampling:
 
 
 class Answer:
-    """One answer as it comes: iterate for pieces of text; afterwards look at the rest."""
+    """One answer as it comes: iterate for pieces of text; afterwards look at the rest.
 
-    def __init__(self, parts: ModelParts, prompt: list[int], generation: Generation) -> None:
+    Attributes:
+        prompt: ids of what the model read.
+        generation: the tokens as the engine gives them.
+        tokens: ids so far.
+        reply: the text so far, reasoning and answer apart.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        prompt: list[int],
+        rendered: Rendered | None,
+        generation: Generation,
+    ) -> None:
+        """`rendered` is the conversation that became `prompt`; None without a template."""
         self.prompt, self.generation = prompt, generation
         self.tokens: list[int] = []
-        self.text = ""
+        self.reply = Reply(rendered)
         self._stream = parts.tokenizer.stream()
+        # Some checkpoints call the tags special, and special tokens are decoded to nothing.
+        added = parts.tokenizer.added.values()
+        self._tags = {
+            token.id: token.text for token in added if token.special and token.text in (OPEN, CLOSE)
+        }
 
-    def __iter__(self) -> Iterator[str]:
+    @property
+    def text(self) -> str:
+        """The answer so far, without reasoning."""
+        return self.reply.answer
+
+    def __iter__(self) -> Iterator[Piece]:
         for token in self.generation:
             self.tokens.append(token)
-            yield from self._piece(self._stream.push(token))
-        yield from self._piece(self._stream.flush())
-
-    def _piece(self, text: str) -> Iterator[str]:
-        # Templates end a prompt before the line break with which an answer begins.
-        piece = text if self.text else text.lstrip("\n")
-        self.text += piece
-        if piece:
-            yield piece
+            yield from self.reply.push(self._stream.push(token) or self._tags.get(token, ""))
+        yield from self.reply.push(self._stream.flush())
+        yield from self.reply.flush()
 
 
 class Conversation:
     """Messages so far, and the engine that answers them."""
 
     def __init__(
-        self, parts: ModelParts, engine: Engine, sampling: Sampling, system: str | None = None
+        self,
+        parts: ModelParts,
+        engine: Engine,
+        sampling: Sampling,
+        system: str | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> None:
+        """`variables` are for the template (`enable_thinking`).
+
+        Raises:
+            UsageError: the model has no template for `system`, or it does not read a variable.
+        """
         if system is not None and parts.template is None:
             raise UsageError(f"{parts.name} has no chat template, so it takes no system message")
+        self._variables = dict(variables or {})
+        for name in self._variables.keys() - (parts.template.reads if parts.template else ()):
+            raise UsageError(
+                f"{parts.name} has no chat template that reads {name}; "
+                "leave out what sets it (--think, --no-think)"
+            )
         self.parts, self.engine = parts, engine
         self._choose = Sampler(sampling, parts.tokenizer.vocab_size)
         self._system: list[Message] = []
@@ -130,11 +168,14 @@ class Conversation:
             UsageError: the conversation does not fit the context, or the template refuses it.
         """
         tokenizer = self.parts.tokenizer
+        question: Message = {"role": "user", "content": text}
         if self.parts.template is None:
+            rendered = None
             prompt = tokenizer.encode_raw(text)
         else:
-            question: Message = {"role": "user", "content": text}
-            rendered = self.parts.template.render([*self.messages, question])
+            rendered = self.parts.template.render(
+                [*self.messages, question], variables=self._variables
+            )
             prompt = tokenizer.encode_template(rendered)
         if steps and steps <= len(prompt):
             raise UsageError(f"--steps {steps} leaves no room: the prompt has {len(prompt)} tokens")
@@ -145,9 +186,12 @@ class Conversation:
             max_tokens=steps - len(prompt) if steps else None,
             interrupted=interrupted,
         )
-        self.messages.append({"role": "user", "content": text})
-        return Answer(self.parts, prompt, generation)
+        self.messages.append(question)
+        return Answer(self.parts, prompt, rendered, generation)
 
     def remember(self, answer: Answer) -> None:
         """Keeps an answer as part of the conversation."""
-        self.messages.append({"role": "assistant", "content": answer.text})
+        message: Message = {"role": "assistant", "content": answer.text}
+        if answer.reply.reasoning:  # a template keeps it or leaves it out
+            message["reasoning_content"] = answer.reply.reasoning
+        self.messages.append(message)

@@ -40,6 +40,7 @@ from pyllama_dist.program import (
 
 MAX_SEGMENTS, MAX_OPS, MAX_SYNCS, MAX_MEMORY = 4096, 65536, 4096, 8192
 MAX_EXPERTS = 256  # for each row
+MAX_ROUTED = 4096  # that a row is chosen from
 
 MAX_PIPE_BYTES = 63 << 20  # of a slot: it travels as one frame, and those end at 64 MiB
 
@@ -149,6 +150,7 @@ class _OpCheck:
         self.memory: dict[str, Pipe | Buffer] = {pipe.name: pipe for pipe in program.pipes}
         self.memory |= {buffer.name: buffer for buffer in program.buffers}
         self.caches: dict[str, Cache] = {cache.name: cache for cache in program.caches}
+        self.routed: str | None = None  # what the latest route was written to
 
     def check(self, op: Op) -> None:
         """Raises ProtocolError if the op would leave its memory or misread it."""
@@ -175,6 +177,9 @@ class _OpCheck:
                     "a pipe has one head",
                 )
                 self.same_rows(op.source, op.target)
+                if self.find(op.target).rows == "experts":
+                    _require(self.routed is not None, "no expert was chosen before")
+                    _require(op.heads == 1, "rows for experts have one head")
             case Matmul():
                 self.matmul(op)
             case Rope():
@@ -209,7 +214,9 @@ class _OpCheck:
                 experts = self.f32(op.source)
                 self.same(op.source, op.target)
                 self.batch_rows(op.source)
+                self.routed = op.target
                 self.route(op.target)
+                _require(experts <= MAX_ROUTED, f"{experts} experts, at most {MAX_ROUTED}")
                 if op.bias is not None:
                     self.weight(op.bias, (1, experts), FloatType.F32)
                 _require(op.active == self.program.n_experts, "another number of experts is active")
@@ -261,6 +268,7 @@ class _OpCheck:
             self.weight(op.bias, (1, rows), FloatType.F32)
         _require(cols % op.weight.float_type.block == 0, "columns are not whole blocks")
         self.same_rows(op.source, op.target)
+        _require(self.find(op.target).rows != "experts", "rows for experts have weights each")
 
     def expert_matmul(self, op: ExpertMatmul) -> None:
         """The input has the columns of the experts' weights, and there are as many as routed."""
@@ -339,6 +347,7 @@ class _OpCheck:
         """It has a number for each expert."""
         _require(isinstance(self.find(name), Buffer), "a route must be a buffer")
         _require(self.f32(name) >= self.program.n_experts > 0, f"{name}: too few experts")
+        _require(name == self.routed, f"{name} is not what the last route was written to")
         self.batch_rows(name)
 
     def expert_rows(self, name: str) -> None:

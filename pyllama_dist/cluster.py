@@ -99,7 +99,7 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
     plan = Plan(
         shares(config, n),
         sync=cluster.sync,
-        cache=cluster.cache or _cache_type(config),
+        cache=_cache_type(config) if cluster.cache is None else cluster.cache,
         max_rows=MAX_ROWS,
         max_logits=MAX_LOGITS,
         n_slots=1,

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pyllama_dist.errors import FileError
+from pyllama_dist.errors import FileError, UsageError
 
 JSON_LIMIT = 64 << 20  # bytes; the index of a checkpoint of many shards has some MB
 
@@ -11,6 +11,29 @@ JSON_LIMIT = 64 << 20  # bytes; the index of a checkpoint of many shards has som
 def one_line(error: BaseException) -> str:
     """The message of a library's exception without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def find_model(path: Path) -> Path:
+    """The `.m` file that a path means: itself, or in a directory `model.m` or the only one.
+
+    Raises:
+        UsageError: the directory has several.
+    """
+    return find_file(path, "model.m", ".m", "--model FILE.m") if path.is_dir() else path
+
+
+def find_file(directory: Path, name: str, suffix: str, flag: str) -> Path:
+    """`name` in a directory; where it is not there, the only file that ends in `suffix`.
+
+    Raises:
+        UsageError: there are several; `flag` says how to choose.
+    """
+    own = directory / name
+    found = [] if own.exists() else sorted(directory.glob(f"*{suffix}"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:3])
+        raise UsageError(f"{directory} has {len(found)} {suffix} files ({names}); say {flag}")
+    return found[0] if found else own
 
 
 def read_text(path: Path, limit: int) -> str:

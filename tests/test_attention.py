@@ -271,9 +271,12 @@ def test_latent_attention(kind, heads, positions):
     """All heads read one vector, whose first numbers are the values as well."""
     task = Task(kind, [0] * len(positions), positions, heads, heads + 3, 2, 96, latent=64)
     expected = task.plain()
+    # Weights meet values of Q80 as activations meet weights: rounded to 7 bits.
+    atol = 4e-2 if kind == KEPT_Q80 else 2e-5
     np.testing.assert_allclose(task.twin(), expected, atol=2e-5)
     found = task.run()
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(found, expected, atol=atol)
+    assert np.abs(found - expected).mean() < atol / 8
     np.testing.assert_array_equal(task.run(3), found)
 
 
@@ -285,7 +288,8 @@ def test_attention_to_selected_positions(kind, positions, latent, seed):
     task.select(seed)
     expected = task.plain()
     np.testing.assert_allclose(task.twin(), expected, atol=2e-5)
-    np.testing.assert_allclose(task.run(2), expected, atol=2e-5)
+    atol = 4e-2 if latent and kind == KEPT_Q80 else 2e-5
+    np.testing.assert_allclose(task.run(2), expected, atol=atol)
 
 
 def test_a_large_batch_of_several_sequences():

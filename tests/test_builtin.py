@@ -219,7 +219,7 @@ def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
         texts = []
         for i, turn in enumerate(turns):
             answer = kept.ask(turn)
-            texts.append("".join(answer))
+            texts.append("".join(piece.text for piece in answer))
             kept.remember(answer)
             cached = answer.generation.timings.cached_tokens
             assert (cached > 10) == (i > 0)
@@ -232,7 +232,7 @@ def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
                     {"role": "assistant", "content": said},
                 ]
             afresh.engine.logits([1])  # what the cache held is gone
-            assert "".join(afresh.ask(turns[i])) == text
+            assert "".join(piece.text for piece in afresh.ask(turns[i])) == text
 
 
 def test_progress_tells_what_is_done_so_far_of_all(parts):

@@ -18,7 +18,7 @@ from pyllama_dist.formats import convert as convert_module
 from pyllama_dist.formats.checkpoint import Checkpoint
 from pyllama_dist.formats.convert import Report, convert
 from pyllama_dist.formats.model_file import ModelFile
-from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -32,7 +32,7 @@ def run(
     weights: FloatType = FloatType.F32,
     progress: Progress = lambda done, size: None,
 ) -> Report:
-    return convert(source, out, weights, ARCHITECTURES, progress)
+    return convert(source, out, weights, CHECKPOINTS, progress)
 
 
 def refusal(source: Path, out: Path, weights: FloatType = FloatType.F32) -> str:
@@ -83,15 +83,36 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) 
     save_file(tensors, file)
 
 
-def checkpoint_values(name: str, stored: dict[str, np.ndarray]) -> np.ndarray:
+def checkpoint_values(
+    name: str, stored: dict[str, np.ndarray], hf: dict[str, int] | None = None
+) -> np.ndarray:
     """What a tensor of the model must hold, from the tensors of the checkpoint."""
     if name == "lm_head.weight":
         return stored.get(name, stored["model.embed_tokens.weight"])
+    if "model." + name in stored:
+        return stored["model." + name]
     layer, _, matrix = name.partition(".mlp.")
     if matrix in ("gate_proj.weight", "up_proj.weight"):
         gate, up = np.split(stored[f"model.{layer}.mlp.gate_up_proj.weight"], 2)
         return gate if matrix == "gate_proj.weight" else up
-    return stored["model." + name]
+    assert hf is not None, name
+    layer, _, matrix = name.partition(".self_attn.")
+    nope, heads = hf["qk_nope_head_dim"], hf["num_attention_heads"]
+    at = f"model.{layer}.self_attn."
+    match matrix.removesuffix(".weight"):
+        case "q_b_proj_nope":
+            parts = [q[:nope] for q in np.split(stored[at + "q_b_proj.weight"], heads)]
+        case "q_b_proj_rope":
+            parts = [q[nope:] for q in np.split(stored[at + "q_b_proj.weight"], heads)]
+        case "kv_a_proj_latent":
+            parts = [stored[at + "kv_a_proj_with_mqa.weight"][: hf["kv_lora_rank"]]]
+        case "kv_a_proj_rope":
+            parts = [stored[at + "kv_a_proj_with_mqa.weight"][hf["kv_lora_rank"] :]]
+        case "k_b_proj":
+            parts = [kv[:nope].T for kv in np.split(stored[at + "kv_b_proj.weight"], heads)]
+        case "v_b_proj":
+            parts = [kv[nope:] for kv in np.split(stored[at + "kv_b_proj.weight"], heads)]
+    return np.concatenate(parts)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -102,13 +123,14 @@ def test_f32_is_the_checkpoint(
     monkeypatch.setattr(convert_module, "_CHUNK_BYTES", chunk_bytes)
     report = run(GOLDEN / variant, tmp_path)
     stored = stored_floats(GOLDEN / variant)
+    hf = json.loads((GOLDEN / variant / "config.json").read_text())
     with ModelFile.open(tmp_path / "model.m", ARCHITECTURES) as model:
         assert model.config == report.config
         assert model.size == report.model_bytes
         assert len(model.tensors) == report.n_tensors
         for name in model.tensors:
             np.testing.assert_array_equal(
-                model.float32(name), checkpoint_values(name, stored), strict=True
+                model.float32(name), checkpoint_values(name, stored, hf), strict=True
             )
 
 
@@ -193,6 +215,37 @@ def test_unused_tensors_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     assert "tensors not used: 1 (model.layers.1.self_attn.rotary_emb.inv_freq)" in warnings
 
 
+def test_draft_layers_are_counted(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "glm4_moe_f32", tmp_path / "checkpoint"))
+    n_layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    at = f"model.layers.{n_layers}."
+    names = ("eh_proj", "embed_tokens", "shared_head.head", "mlp.experts.0.gate_proj")
+    extra = {f"{at}{name}.weight": np.ones((4, 4), np.float32) for name in names}
+    before = run(folder, tmp_path / "before")
+    edit_tensors(folder, lambda tensors: tensors.update(extra))
+    after = run(folder, tmp_path / "after")
+    line = f"tensors not used: 4 of layers from {n_layers} on (draft layers)"
+    assert set(after.warnings) - set(before.warnings) == {line}
+    assert after.model_bytes == before.model_bytes
+
+
+@pytest.mark.parametrize("name", ["q_b_proj", "kv_b_proj", "kv_a_proj_with_mqa"])
+@pytest.mark.parametrize("cut", [(slice(1, None),), (slice(None), slice(1, None))])
+def test_parts_that_do_not_make_up_the_whole_are_refused(
+    tmp_path: Path, name: str, cut: tuple[slice, ...]
+) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "glm4_moe_lite_bf16", tmp_path / "checkpoint"))
+    tensors = stored_floats(folder)
+    tensor = f"model.layers.0.self_attn.{name}.weight"
+    tensors[tensor] = np.ascontiguousarray(tensors[tensor][cut])
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    assert f"tensor {tensor} is {list(tensors[tensor].shape)}, config.json says" in refusal(
+        folder, tmp_path / "out"
+    )
+
+
 def test_text_files_are_copied(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (checkpoint / "tokenizer.json").write_text('{"model": "é"}')
@@ -236,8 +289,8 @@ def test_missing_text_files_are_reported(checkpoint: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported, only glm, glm4"),
-        ({"model_type": "chatglm"}, "use its -hf version"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported, only glm, glm4"),
+        ({"model_type": "chatglm"}, "kv_channels is missing"),
         ({"model_type": ["glm"]}, "model_type ['glm'] is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "a": [1]}}, "(quant_method 'fp8')"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling of type 'yarn'"),

@@ -1,5 +1,6 @@
 """Logits and greedy tokens against transformers, on tiny random checkpoints of every kind."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pyllama_dist.config import FloatType
 from pyllama_dist.engine import Engine
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile
-from pyllama_dist.models import ARCHITECTURES
+from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 def golden(request, tmp_path_factory):
     """A converted checkpoint in float32, with its tokens, logits and greedy continuation."""
     out = tmp_path_factory.mktemp(request.param)
-    convert(GOLDEN / request.param, out, FloatType.F32, ARCHITECTURES, lambda done, total: None)
+    convert(GOLDEN / request.param, out, FloatType.F32, CHECKPOINTS, lambda done, total: None)
     with ModelFile.open(out / "model.m", ARCHITECTURES) as model:
         yield model, dict(np.load(GOLDEN / request.param / "golden.npz"))
 
@@ -42,7 +43,10 @@ def engine(
 
 def test_there_are_checkpoints_of_every_kind():
     assert len(VARIANTS) >= 6
-    assert {name.split("_")[0] for name in VARIANTS} == {"glm", "glm4"}
+    kinds = {"glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"}
+    assert {
+        json.loads((GOLDEN / v / "config.json").read_text())["model_type"] for v in VARIANTS
+    } == kinds
 
 
 @pytest.mark.parametrize("n_nodes", NODES)
@@ -89,4 +93,5 @@ def test_q80_sync_stays_close(golden, n_nodes):
         logits = e.logits(expected["tokens"].tolist())
     ours, theirs = logits.ravel(), expected["logits"].ravel()
     cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
-    assert cosine > 0.99
+    # An indexer's choice of so few positions may fall on others.
+    assert cosine > (0.9 if model.config.indexer else 0.99)

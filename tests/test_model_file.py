@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyllama_dist.config import Arch, FloatType, ModelConfig, Tensor
+from pyllama_dist.config import (
+    Arch,
+    Experts,
+    FloatType,
+    Indexer,
+    Latent,
+    ModelConfig,
+    Pairs,
+    Scoring,
+    Tensor,
+)
 from pyllama_dist.errors import FileError
 from pyllama_dist.formats import header
 from pyllama_dist.formats.model_file import ModelFile, tensor_bytes, write_model
@@ -36,6 +46,68 @@ CONFIG = ModelConfig(
     weights=FloatType.Q40,
 )
 
+EXPERTS = Experts(
+    count=8,
+    active=3,
+    ffn_dim=32,
+    shared_ffn_dim=64,
+    dense_layers=1,
+    scoring=Scoring.SIGMOID,
+    bias=True,
+    groups=4,
+    active_groups=2,
+    normalize=True,
+    scale=2.5,
+)
+LATENT = Latent(q_rank=32, kv_rank=96, nope_dim=64, rope_dim=16, value_dim=32, norm_epsilon=1e-6)
+LITE = replace(
+    CONFIG,
+    arch=Arch.GLM4_MOE_LITE,
+    n_kv_heads=1,
+    head_dim=80,
+    qkv_bias=False,
+    experts=EXPERTS,
+    latent=LATENT,
+)
+UPSTREAM = replace(CONFIG, qkv_bias=False, rotary_dim=32, norm_epsilon=1e-6)
+QWEN3 = replace(UPSTREAM, arch=Arch.QWEN3, rope_pairs=Pairs.HALVES, qk_norm=True)
+CONFIGS = {
+    config.arch: config
+    for config in (
+        CONFIG,
+        replace(CONFIG, arch=Arch.GLM),
+        replace(
+            CONFIG,
+            arch=Arch.GLM4_MOE,
+            rope_pairs=Pairs.HALVES,
+            qk_norm=True,
+            experts=EXPERTS,
+        ),
+        LITE,
+        replace(
+            LITE,
+            arch=Arch.GLM_MOE_DSA,
+            indexer=Indexer(n_heads=2, head_dim=32, rotary_dim=16, top_k=8, layers=(True, False)),
+        ),
+        replace(UPSTREAM, arch=Arch.LLAMA),
+        QWEN3,
+        replace(
+            QWEN3,
+            arch=Arch.QWEN3_MOE,
+            experts=replace(
+                EXPERTS,
+                shared_ffn_dim=0,
+                dense_layers=0,
+                scoring=Scoring.SOFTMAX,
+                bias=False,
+                groups=1,
+                active_groups=1,
+                scale=1.0,
+            ),
+        ),
+    )
+}
+
 # The pairs of CONFIG, by their numbers in the file.
 PAIRS = {
     0: 1,
@@ -53,6 +125,26 @@ PAIRS = {
     100: struct.unpack("<i", struct.pack("<f", 1.5625e-7))[0],
     103: 1,
     13: 2,
+}
+
+
+def float_bits(value: float) -> int:
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+EXPERT_PAIRS = {7: 8, 8: 3, 21: 32, 105: 64, 106: 1, 107: 4, 108: 2, 109: 1, 110: float_bits(2.5)}
+MOE_PAIRS = PAIRS | {1: 0xABCD12, 104: 1} | EXPERT_PAIRS
+LITE_PAIRS = (
+    {key: value for key, value in PAIRS.items() if key not in (6, 19, 102, 103)}
+    | {1: 0xABCD13}
+    | EXPERT_PAIRS
+    | {111: 32, 112: 96, 113: 64, 114: 16, 115: 32, 116: float_bits(1e-6)}
+)
+DSA_PAIRS = LITE_PAIRS | {1: 0xABCD14, 117: 2, 118: 32, 119: 8, 120: 1, 121: 0, 122: 0, 123: 0}
+NEW_PAIRS = {
+    Arch.GLM4_MOE: MOE_PAIRS,
+    Arch.GLM4_MOE_LITE: LITE_PAIRS,
+    Arch.GLM_MOE_DSA: DSA_PAIRS,
 }
 
 
@@ -82,6 +174,13 @@ def raw_header(pairs: dict[int, int] | list[tuple[int, int]]) -> bytes:
     return struct.pack(f"<II{len(flat)}i", 0x0A00ABCD, 8 + 4 * len(flat), *flat)
 
 
+def read_header(folder: Path, content: bytes) -> ModelConfig:
+    path = folder / "header"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        return header.read(file, path)[0]
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(FileError) as caught:
         ModelFile.open(path, ARCHITECTURES)
@@ -102,13 +201,52 @@ def test_header_bytes(model_path: Path) -> None:
     assert model_path.read_bytes()[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("arch", NEW_PAIRS)
+def test_header_bytes_of_newer_architectures(arch: Arch) -> None:
+    assert header.encode(CONFIGS[arch]) == raw_header(NEW_PAIRS[arch])
+
+
+def test_layers_that_pick_are_bits(tmp_path: Path) -> None:
+    layers = tuple(layer == 0 or layer % 31 == 0 for layer in range(128))
+    config = replace(CONFIGS[Arch.GLM_MOE_DSA], n_layers=128)
+    config = replace(config, indexer=replace(config.indexer, layers=layers))
+    words = {120: 1 | -(1 << 31), 121: 1 << 30, 122: 1 << 29, 123: 1 << 28}
+    assert header.encode(config) == raw_header(DSA_PAIRS | {4: 128} | words)
+    assert read_header(tmp_path, header.encode(config)) == config
+    with pytest.raises(ValueError, match="129 layers, of which 128 may pick positions"):
+        header.encode(
+            replace(config, n_layers=129, indexer=replace(config.indexer, layers=(True,) * 129))
+        )
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "reason"),
+    [
+        (Arch.GLM, {"qk_norm": True}, "qk_norm is True, which a model file of glm cannot say"),
+        (Arch.GLM4, {"rope_pairs": Pairs.HALVES}, "rope_pairs is halves"),
+        (Arch.LLAMA, {"rotary_dim": 16}, "rotary_dim is 16"),
+        (Arch.LLAMA, {"qk_norm": True}, "qk_norm is True"),
+        (Arch.LLAMA, {"experts": EXPERTS}, "experts.count is 8"),
+        (Arch.QWEN3, {"rope_pairs": Pairs.ADJACENT}, "rope_pairs is adjacent"),
+        (Arch.QWEN3_MOE, {"experts": EXPERTS}, "experts.shared_ffn_dim is 64"),
+        (Arch.GLM4_MOE_LITE, {"n_kv_heads": 2}, "n_kv_heads is 2"),
+        (Arch.GLM4_MOE_LITE, {"head_dim": 64}, "head_dim is 64"),
+    ],
+)
+def test_what_a_header_cannot_say_is_not_written(
+    arch: Arch, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        header.encode(replace(CONFIGS[arch], **changes))
+
+
 @given(
     theta=st.floats(1, 1e12),
     epsilon=st.floats(0, 1),
     head_dim=st.integers(1, 4096),
     bias=st.booleans(),
     weights=st.sampled_from([FloatType.F32, FloatType.Q40, FloatType.Q80]),
-    arch=st.sampled_from(Arch),
+    arch=st.sampled_from([Arch.GLM, Arch.GLM4, Arch.GLM4_MOE]),
 )
 def test_header_keeps_the_configuration(
     tmp_path_factory: pytest.TempPathFactory,
@@ -120,14 +258,13 @@ def test_header_keeps_the_configuration(
     arch: Arch,
 ) -> None:
     config = replace(
-        CONFIG,
+        CONFIGS[arch],
         rope_theta=theta,
         norm_epsilon=epsilon,
         head_dim=head_dim,
         rotary_dim=head_dim // 2 * 2,
         qkv_bias=bias,
         weights=weights,
-        arch=arch,
     )
     path = tmp_path_factory.getbasetemp() / "header"
     path.write_bytes(header.encode(config))
@@ -150,7 +287,7 @@ def test_decimal_floats_come_back_as_written(tmp_path: Path, epsilon: float) -> 
 @pytest.mark.parametrize("weights", [FloatType.F32, FloatType.Q80, FloatType.Q40])
 @pytest.mark.parametrize("arch", list(Arch))
 def test_what_is_written_is_read(tmp_path: Path, weights: FloatType, arch: Arch) -> None:
-    config = replace(CONFIG, weights=weights, arch=arch)
+    config = replace(CONFIGS[arch], weights=weights)
     with ModelFile.open(write(tmp_path / "model.m", config), ARCHITECTURES) as model:
         assert model.config == config
         assert model.size == (tmp_path / "model.m").stat().st_size
@@ -272,12 +409,9 @@ def test_truncated_and_too_long_files_are_refused(model_path: Path, tmp_path: Pa
         (raw_header(PAIRS | {99: 7}), "unknown header key 99 (value 7)"),
         (raw_header(PAIRS | {-1: 7}), "unknown header key -1 (value 7)"),
         (raw_header([*PAIRS.items(), (2, 64)]), "key 2 (DIM) stands twice"),
-        (raw_header(PAIRS | {1: 0xABCD00}), "architecture Llama is not supported yet"),
-        (raw_header(PAIRS | {1: 0xABCD01}), "architecture Qwen3 is not supported yet"),
-        (raw_header(PAIRS | {1: 0xABCD02}), "architecture Qwen3-MoE is not supported yet"),
         (raw_header(PAIRS | {1: 0xABCD77}), "unknown architecture 0xabcd77"),
-        (raw_header(PAIRS | {7: 8}), "key 7 (N_EXPERTS) has no meaning for GLM"),
-        (raw_header(PAIRS | {0: 2}), "key 0 (VERSION) is 2, expected 1 to 1"),
+        (raw_header(PAIRS | {7: 8}), "key 7 (N_EXPERTS) has no meaning for glm4"),
+        (raw_header(PAIRS | {0: 2}), "key 0 (VERSION) is 2, expected 1;"),
         (raw_header(PAIRS | {2: 0}), "key 2 (DIM) is 0, expected 1 to"),
         (raw_header(PAIRS | {2: 65}), "65 values are not whole Q40 blocks"),
         (raw_header(PAIRS | {9: -5}), "key 9 (VOCAB_SIZE) is -5"),
@@ -295,6 +429,47 @@ def test_truncated_and_too_long_files_are_refused(model_path: Path, tmp_path: Pa
             (raw_header({k: v for k, v in PAIRS.items() if k != key}), f"key {key} (")
             for key in PAIRS
         ),
+        *(
+            (raw_header({k: v for k, v in known.items() if k != key}), f"key {key} (")
+            for known in NEW_PAIRS.values()
+            for key in known
+            if key not in PAIRS
+        ),
+        (raw_header(PAIRS | {104: 1}), "key 104 (QK_NORM) has no meaning for glm4"),
+        (raw_header(MOE_PAIRS | {104: 2}), "key 104 (QK_NORM) is 2"),
+        (raw_header(MOE_PAIRS | {7: 0}), "key 7 (N_EXPERTS) is 0"),
+        (raw_header(MOE_PAIRS | {7: 4097}), "key 7 (N_EXPERTS) is 4097"),
+        (raw_header(MOE_PAIRS | {8: 0}), "key 8 (N_ACTIVE_EXPERTS) is 0"),
+        (raw_header(MOE_PAIRS | {8: 5}), "5 of 8 experts are chosen"),
+        (raw_header(MOE_PAIRS | {21: 0}), "key 21 (MOE_HIDDEN_DIM) is 0"),
+        (raw_header(MOE_PAIRS | {105: -1}), "key 105 (SHARED_HIDDEN_DIM) is -1"),
+        (raw_header(MOE_PAIRS | {106: 3}), "3 of 2 layers are dense"),
+        (raw_header(MOE_PAIRS | {106: -1}), "key 106 (N_DENSE_LAYERS) is -1"),
+        (raw_header(MOE_PAIRS | {107: 3}), "2 of 3 groups of 8 experts are impossible"),
+        (raw_header(MOE_PAIRS | {107: 8}), "2 of 8 groups of 8 experts are impossible"),
+        (raw_header(MOE_PAIRS | {107: 0}), "key 107 (N_EXPERT_GROUPS) is 0"),
+        (raw_header(MOE_PAIRS | {108: 5}), "5 of 4 groups of 8 experts are impossible"),
+        (raw_header(MOE_PAIRS | {108: 0}), "key 108 (N_ACTIVE_EXPERT_GROUPS) is 0"),
+        (raw_header(MOE_PAIRS | {109: 2}), "key 109 (NORMALIZE_EXPERTS) is 2"),
+        (raw_header(MOE_PAIRS | {110: 0x7FC00000}), "scale of the experts is nan"),
+        (raw_header(MOE_PAIRS | {110: -1}), "key 110 (EXPERT_SCALE_F32) is -1"),
+        (raw_header(MOE_PAIRS | {4: 1024, 7: 4096}), "1024 layers of 4096 experts"),
+        (raw_header(LITE_PAIRS | {6: 1}), "key 6 (N_KV_HEADS) has no meaning for glm4_moe_lite"),
+        (raw_header(LITE_PAIRS | {111: 0}), "key 111 (Q_LORA_RANK) is 0"),
+        (raw_header(LITE_PAIRS | {112: 1 << 17}), "key 112 (KV_LORA_RANK) is 131072"),
+        (raw_header(LITE_PAIRS | {113: 0}), "key 113 (QK_NOPE_HEAD_DIM) is 0"),
+        (raw_header(LITE_PAIRS | {114: 15}), "rotary dim is 15"),
+        (raw_header(LITE_PAIRS | {114: 0}), "key 114 (QK_ROPE_HEAD_DIM) is 0"),
+        (raw_header(LITE_PAIRS | {115: 4097}), "key 115 (V_HEAD_DIM) is 4097"),
+        (raw_header(LITE_PAIRS | {116: 0x7F800000}), "norm epsilon of latent vectors is inf"),
+        (raw_header(LITE_PAIRS | {117: 2}), "key 117 (INDEX_N_HEADS) has no meaning"),
+        (raw_header(DSA_PAIRS | {117: 0}), "key 117 (INDEX_N_HEADS) is 0"),
+        (raw_header(DSA_PAIRS | {118: 8}), "16 of 8 values of an index head turn"),
+        (raw_header(DSA_PAIRS | {119: 0}), "key 119 (INDEX_TOPK) is 0"),
+        (raw_header(DSA_PAIRS | {120: 2}), "the first layer takes the positions that none"),
+        (raw_header(DSA_PAIRS | {120: 5}), "layers from 2 on pick positions"),
+        (raw_header(DSA_PAIRS | {123: -1}), "layers from 2 on pick positions"),
+        (raw_header(DSA_PAIRS | {4: 129}), "129 layers, of which 128 may pick positions"),
     ],
 )
 def test_bad_headers_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -1,7 +1,4 @@
-"""Tokenizer, chat template and streaming decode against the tokenizers library and known prompts.
-
-Tokenizers are trained here; templates are written here in the manner of GLM's generations.
-"""
+"""Tokenizer and streaming decode against the tokenizers library; tokenizers are trained here."""
 
 import json
 import sys
@@ -23,8 +20,7 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Library
 
-from pyllama_dist.errors import FileError, PyllamaError, UsageError
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.text.detokenize import byte_alphabet
 from pyllama_dist.text.special import MARK, Breaker, Rendered
 from pyllama_dist.text.tokenizer import Tokenizer
@@ -297,306 +293,13 @@ def test_a_stop_token_is_hidden_even_if_not_special(model_dir: Path, tmp_path: P
     assert tokenizer.decode([letter, *plain.encode("a"), letter]) == "a"
 
 
-# --- templates
-
-GLM4 = """[gMASK]<sop>
-{%- for tool in tools or [] %}
-    {{- ('<|system|>' if loop.first) ~ '\\n' ~ tool | tojson(indent=1, ensure_ascii=True) }}
-{%- endfor %}
-{%- for message in messages %}
-<|{{ message.role }}|>
-{{ message.content }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|assistant|>' }}
-{%- endif %}
-"""
-EDGE = """{% for item in messages %}
-{{- '<|' ~ item['role'] ~ '|>\\n' ~ item['content'] }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{- '<|assistant|>' }}
-{%- endif %}
-"""
-GLM45 = """[gMASK]<sop>
-{%- set ns = namespace(last=-1) %}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
-{%- endfor %}
-{%- macro shown(content) %}
-    {%- if content is string %}
-        {{- content }}
-    {%- else %}
-        {%- for part in content %}{{- part.text if part.type == 'text' }}{%- endfor %}
-    {%- endif %}
-{%- endmacro %}
-{%- set off = enable_thinking is defined and not enable_thinking %}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}
-        {{- '<|user|>\\n' ~ shown(m.content) }}
-        {{- '/nothink' if off and not shown(m.content).endswith('/nothink') }}
-    {%- elif m.role == 'system' %}
-        {{- '<|system|>\\n' ~ shown(m.content) }}
-    {%- elif m.role == 'tool' %}
-        {{- '<|observation|>\\n' ~ shown(m.content) }}
-    {%- elif m.role == 'assistant' %}
-        {%- set answer, thought = shown(m.content), '' %}
-        {%- if '</think>' in answer %}
-            {%- set thought = answer.split('</think>')[0].split('<think>')[-1].strip() %}
-            {%- set answer = answer.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|assistant|>\\n<think>' ~ (thought if loop.index0 > ns.last) ~ '</think>' }}
-        {{- '\\n' ~ answer.strip() }}
-        {%- for call in m.tool_calls or [] %}
-            {{- '\\n<tool_call>' ~ call.name ~ '\\n' ~ call.arguments | tojson ~ '</tool_call>' }}
-        {%- endfor %}
-    {%- else %}
-        {{- raise_exception('no such\\nrole: ' ~ m.role) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' ~ ('\\n<think></think>' if off) }}
-{%- endif %}
-"""
-GLM47 = """[gMASK]<sop>
-{%- for m in messages %}
-    {%- if m.role == 'assistant' %}
-        {%- set halves = m.content.split('</think>') %}
-        {%- set keep = clear_thinking is defined and not clear_thinking and halves | length > 1 %}
-        {{- '<|assistant|>' ~ ('<think>' ~ halves[0].split('<think>')[-1] if keep) }}
-        {{- '</think>' ~ halves[-1].strip() }}
-        {%- continue %}
-    {%- endif %}
-    {{- '<|' ~ m.role ~ '|>' ~ m.content }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-    {{- '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}
-{%- endif %}
-"""
-CHATML = """{% for m in messages %}
-{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}
-{% endfor %}
-  {% if add_generation_prompt %}
-{{ '<|im_start|>assistant\\n<think>' -}}
-{% endif %}
-"""
-
-
-def write_template(directory: Path, source: str, tokenizer: Tokenizer) -> ChatTemplate:
-    (directory / "chat_template.jinja").write_text(source, encoding="utf-8")
-    template = ChatTemplate.open(directory, tokenizer)
-    assert template is not None
-    return template
-
-
-def said(*turns: tuple[str, object]) -> list[dict[str, object]]:
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-HI = said(("user", "hi"))
-HISTORY = said(("user", "hi"), ("assistant", "\n<think>zz</think>\nB"), ("user", "C"))
-
-
-@pytest.mark.parametrize(
-    ("source", "messages", "variables", "prompt"),
-    [
-        (GLM4, HI, {}, "[gMASK]<sop><|user|>\nhi<|assistant|>"),
-        (EDGE, HI, {}, "<|user|>\nhi<|assistant|>"),
-        (GLM45, HI, {}, "[gMASK]<sop><|user|>\nhi<|assistant|>"),
-        (
-            GLM45,
-            HI,
-            {"enable_thinking": False},
-            "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>",
-        ),
-        (
-            GLM45,
-            said(("system", "S"), ("user", [{"type": "text", "text": "hi"}])),
-            {},
-            "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>",
-        ),
-        (
-            GLM45,
-            HISTORY,
-            {},
-            "[gMASK]<sop><|user|>\nhi<|assistant|>\n<think></think>\nB<|user|>\nC<|assistant|>",
-        ),
-        (GLM47, HI, {}, "[gMASK]<sop><|user|>hi<|assistant|><think>"),
-        (GLM47, HI, {"enable_thinking": False}, "[gMASK]<sop><|user|>hi<|assistant|></think>"),
-        (
-            GLM47,
-            HISTORY,
-            {"add_generation_prompt": False},
-            "[gMASK]<sop><|user|>hi<|assistant|></think>B<|user|>C",
-        ),
-        (
-            GLM47,
-            HISTORY,
-            {"add_generation_prompt": False, "clear_thinking": False},
-            "[gMASK]<sop><|user|>hi<|assistant|><think>zz</think>B<|user|>C",
-        ),
-        (
-            CHATML,
-            HI,
-            {},
-            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>",
-        ),
-    ],
-)
-def test_prompts(
-    tokenizer: Tokenizer,
-    library: Library,
-    tmp_path: Path,
-    source: str,
-    messages: list[dict[str, object]],
-    variables: dict[str, bool],
-    prompt: str,
-) -> None:
-    template = write_template(tmp_path, source, tokenizer)
-    rendered = template.render(messages, **variables)  # type: ignore[arg-type]
-    assert rendered.text == prompt
-    assert (
-        tokenizer.encode_template(rendered) == library.encode(prompt, add_special_tokens=False).ids
-    )
-
-
-@pytest.fixture(scope="module", params=[GLM4, EDGE, GLM45, GLM47, CHATML])
-def template(
-    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> ChatTemplate:
-    return write_template(tmp_path_factory.mktemp("chat"), request.param, tokenizer)
-
-
-@given(words=hostile)
-def test_special_strings_of_people_are_text(
-    tokenizer: Tokenizer, template: ChatTemplate, words: str
-) -> None:
-    added = {token.id for token in tokenizer.added.values()}
-
-    def special_ids(content: str) -> list[int]:
-        prompt = template.render(said(("system", content), ("user", content)))
-        assert MARK not in prompt.text
-        assert prompt.text.count(words.strip()) >= 2 or content == "x"
-        return [token for token in tokenizer.encode_template(prompt) if token in added]
-
-    assert special_ids(words) == special_ids("x")
-
-
-def test_a_string_cut_in_two_parts_stays_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    template = write_template(tmp_path, GLM45, tokenizer)
-    parts = [{"type": "text", "text": part} for part in ("<|sys", "tem|>", "[g", "MASK]", "/", "")]
-    prompt = template.render(said(("user", parts)))
-    assert prompt.text == "[gMASK]<sop><|user|>\n<|system|>[gMASK]/<|assistant|>"
-    ids = tokenizer.encode_template(prompt)
-    assert ids.count(tokenizer.added["<|system|>"].id) == 0
-    assert ids.count(tokenizer.added["[gMASK]"].id) == 1
-
-
-def test_an_assistant_keeps_thoughts_but_no_roles(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    template = write_template(tmp_path, GLM45, tokenizer)
-    call = {"name": "f", "arguments": {"<think>": ["</tool_call>", 1]}}
-    answer = {"role": "assistant", "content": "<think>z</think>B<|user|>", "tool_calls": [call]}
-    prompt = template.render([*HI, answer], add_generation_prompt=False)
-    assert prompt.text == (
-        "[gMASK]<sop><|user|>\nhi<|assistant|>\n<think>z</think>\nB<|user|>"
-        '\n<tool_call>f\n{"<think>": ["</tool_call>", 1]}</tool_call>'
-    )
-    ids = tokenizer.encode_template(prompt)
-    counts = {word: ids.count(token.id) for word, token in tokenizer.added.items()}
-    assert {word: count for word, count in counts.items() if count} == dict.fromkeys(
-        [
-            "[gMASK]",
-            "<sop>",
-            "<|user|>",
-            "<|assistant|>",
-            "<think>",
-            "</think>",
-            "<tool_call>",
-            "</tool_call>",
-        ],
-        1,
-    )
-
-
-def test_names_of_fields_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    template = write_template(tmp_path, "{{ messages | tojson }}", tokenizer)
-    prompt = template.render([{"role": "user", "<think>": {"<|user|>": ["<sop>", None, 1.5]}}])
-    assert prompt.text == '[{"role": "user", "<think>": {"<|user|>": ["<sop>", null, 1.5]}}]'
-    assert tokenizer.encode_template(prompt) == tokenizer.encode(prompt.text)
-
-
 def test_added_words_do_not_break_roles() -> None:
     breaker = Breaker(["real", "aXa"])
     assert breaker.text("user") == "user"
     assert breaker.text("aXaXa") == f"a{MARK}Xa{MARK}Xa"
 
 
-def test_tools_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    template = write_template(tmp_path, GLM4, tokenizer)
-    prompt = template.render(HI, tools=[{"name": "<|user|> & 'é😀'"}], add_generation_prompt=False)
-    name = "<|user|> & '\\u00e9\\ud83d\\ude00'"
-    assert prompt.text == (f'[gMASK]<sop><|system|>\n{{\n "name": "{name}"\n}}<|user|>\nhi')
-    assert tokenizer.encode_template(prompt).count(tokenizer.added["<|user|>"].id) == 1
-
-
-def test_marks_and_surrogates_in_messages(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    template = write_template(tmp_path, EDGE, tokenizer)
-    prompt = template.render(said(("user", f"<{MARK}|user|>\udcff")), add_generation_prompt=False)
-    assert prompt.text == "<|user|>\n<|user|>\ufffd"
-    assert tokenizer.encode_template(prompt).count(tokenizer.added["<|user|>"].id) == 1
-
-
-def test_helpers_of_templates(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    source = "{{ strftime_now('%Y') | length }} {{ {'b': '<', 'a': 1} | tojson(sort_keys=true) }}"
-    template = write_template(tmp_path, source, tokenizer)
-    assert template.render(HI).text == '4 {"a": 1, "b": "<"}'
-
-
-def test_no_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert ChatTemplate.open(tmp_path, tokenizer) is None
-
-
 # --- errors
-
-
-@pytest.mark.parametrize(
-    ("source", "kind", "said_in_it"),
-    [
-        ("a\n{% for %}", FileError, "line 2"),
-        ("a\n{{ x | nofilter }}", FileError, "line 2"),
-        ("{{ '(' * 1000 }}" + "{{ " + "(" * 5000, FileError, "chat_template.jinja"),
-        ("{{ raise_exception('roles\\nmust alternate') }}", UsageError, "roles must alternate"),
-        ("a\n{{ nothing.at.all }}", UsageError, "line 2"),
-        ("{{ messages[0].content + 1 }}", UsageError, "line 1"),
-        ("{{ 1 // 0 }}", UsageError, "zero"),
-        ("{{ messages.append(1) }}", FileError, "line 1"),
-        ("{{ ''.__class__.__mro__ }}", FileError, "line 1"),
-        ("{{ 'x' * 2000000000 }}", FileError, "repeats"),
-        ("{{ [messages] * 2000000000 }}", FileError, "repeats"),
-        ("{{ 9 ** 9 ** 9 ** 9 }}", FileError, "power"),
-        ("{% for a in range(999999999) %}{% endfor %}", FileError, "loops"),
-        (
-            "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
-            FileError,
-            "loops",
-        ),
-        ("{% for a in range(90000) %}{{ 'x' * 9000 }}{% endfor %}", FileError, "writes more"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", FileError, "recursion"),
-    ],
-)
-def test_bad_templates(
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    source: str,
-    kind: type[PyllamaError],
-    said_in_it: str,
-) -> None:
-    with pytest.raises(kind) as raised:
-        write_template(tmp_path, source, tokenizer).render(HI)
-    assert said_in_it in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert type(raised.value) is kind
 
 
 def valid(**changes: object) -> str:
@@ -639,21 +342,10 @@ def test_bad_stop_tokens(model_dir: Path, tmp_path: Path, eos: str) -> None:
         with_config(model_dir, tmp_path, f'{{"eos_token_id": {eos}}}')
 
 
-@pytest.mark.parametrize("name", ["tokenizers", "jinja2"])
-def test_missing_libraries(
-    model_dir: Path,
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
-    (tmp_path / "chat_template.jinja").write_text("x")
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "pyllama_dist.text.sandbox", raising=False)
+def test_missing_library(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match=r"install pyllama-dist\[root\]"):
-        Tokenizer.open(model_dir) if name == "tokenizers" else ChatTemplate.open(
-            tmp_path, tokenizer
-        )
+        Tokenizer.open(model_dir)
 
 
 def test_the_longest_special_string_counts(tmp_path: Path) -> None:

@@ -22,34 +22,44 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, float32, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
-from pyllama_kernels import cpu
+from pyllama_kernels import latent
 from pyllama_kernels.cache import turn_keys, unpack_numbers, unpack_values
 from pyllama_kernels.exponential import exp, exp_of_differences
 from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
 from pyllama_kernels.jit import kernel
+from pyllama_kernels.latent import (
+    LARGE_TILE,
+    TILE,
+    add_values,
+    multiply_large,
+    multiply_small,
+)
 from pyllama_kernels.layout import ROW_BYTES
 from pyllama_kernels.lowlevel import address_of, float32_pointer, int32_pointer
-from pyllama_kernels.matrix import Q80_KEYS, make_tile
 from pyllama_kernels.pages import CHUNK, FEW, KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
 _QUERIES = 64  # that are taken together at most
 _AHEAD = 8192  # bytes from what is read of a cache to what is asked for
-_TILE = 4  # queries that are multiplied with keys of Q80 together
 _QUERY_BYTES = 4  # of a number of a query: as float32, or rounded
 _AT_ONCE = 8  # queries whose sums fit into registers
 _SCORES = 4096  # that are worked on at a time: these stay in the first-level cache
-
-_score_tile = make_tile(cpu.load(cpu.choose().name).ISA, Q80_KEYS, _TILE)
 
 
 def scratch_bytes(head_dim: int) -> int:
     """Memory that each thread needs beside the arrays; values are no wider than keys."""
     queries = _QUERIES * ((_QUERY_BYTES + 4) * head_dim + 8)
-    return queries + 4 * (PAGE * head_dim + _SCORES)
+    turned = max(latent.scratch_bytes(head_dim, q, _positions_at_once(q)) for q in (4, _QUERIES))
+    return queries + 4 * (PAGE * head_dim + _SCORES) + turned
+
+
+@register_jitable
+def _positions_at_once(queries: int) -> int:
+    """Positions whose scores are held at a time, for so many queries: pairs of pages."""
+    return min(CHUNK, _SCORES // queries // (2 * PAGE) * (2 * PAGE))
 
 
 @kernel
@@ -160,7 +170,7 @@ def _attend(
     start, stop = position_span
     heads = last_head - first_head
     queries = (last_row - first_row) * heads
-    room = (queries + _TILE - 1) // _TILE * _TILE  # whole tiles of queries
+    room = (queries + TILE - 1) // TILE * TILE  # whole tiles of queries
     q = carray(float32_pointer(scratch), (queries, n))
     totals_at = scratch + _QUERY_BYTES * _QUERIES * n
     totals = carray(float32_pointer(totals_at), (room, m))
@@ -185,7 +195,7 @@ def _attend(
     as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == m)
     size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
     # Many positions of the keys, then as many of the values: each is read as a stream.
-    at_once = min(CHUNK, _SCORES // room // PAGE * PAGE)
+    at_once = _positions_at_once(room)
     row_bytes = 4 * at_once
     scores = carray(float32_pointer(scores_at), (room, at_once))
     for block in range(start, stop, at_once):
@@ -195,9 +205,15 @@ def _attend(
         for page in range(pages):
             b, c = address_of(keys[first + page]), scores_at + 4 * PAGE * page
             if kind == KEPT_Q80:
-                for i in range(0, queries, _TILE):
+                i = 0
+                while i < queries:
                     tile = scratch + i * (n // 32) * ROW_BYTES
-                    _score_tile(b, tile, n // 32, c + i * row_bytes, row_bytes)
+                    if queries - i >= LARGE_TILE:
+                        multiply_large(b, tile, n // 32, c + i * row_bytes, row_bytes)
+                        i += LARGE_TILE
+                    else:
+                        multiply_small(b, tile, n // 32, c + i * row_bytes, row_bytes)
+                        i += TILE
                 continue
             if not as_kept:
                 unpack_numbers(keys[first + page], kind, page_keys)
@@ -210,10 +226,15 @@ def _attend(
         for i in range(queries):
             limit = min(PAGE * pages, positions[first_row + i // heads] + 1 - block)
             _soften(scores[i, : PAGE * pages], limit, totals[i], largest, sums, i)
+        if turned and kind == KEPT_Q80:
+            scores[:, PAGE * pages :] = 0
+            some = values[first : first + pages]
+            add_values(some, m, scores, queries, totals, scores_at + 4 * (_SCORES + 2 * _QUERIES))
+            continue
         for page in range(pages):
             a, b = scores_at + 4 * PAGE * page, address_of(values[first + page])
             if kind == KEPT_Q80 and few and not turned:
-                for i in range(0, queries, _TILE):
+                for i in range(0, queries, TILE):
                     _add_tile(b, m // 32, a + i * row_bytes, row_bytes, totals_at + 4 * i * m)
                 continue
             value_size = size
@@ -247,21 +268,23 @@ def _attend(
 
 @kernel
 def _round_queries(query: Any, row_span: Any, head_span: Any, scale: Any, tiles: int) -> None:
-    """Queries times a scale as tiles of `_TILE` rows of Q80: see `layout`. The rest is zero."""
+    """Queries times a scale as tiles of Q80: see `layout`. Large ones first; the rest is zero."""
     (first_row, last_row), (first_head, last_head) = row_span, head_span
     heads, n = last_head - first_head, query.shape[2]
     queries = (last_row - first_row) * heads
     blocks = n // 32
-    for i in range((queries + _TILE - 1) // _TILE * _TILE):
-        place = i % _TILE
+    large = queries // LARGE_TILE * LARGE_TILE  # queries in large tiles
+    for i in range((queries + TILE - 1) // TILE * TILE):
+        tile = LARGE_TILE if i < large else TILE
+        place = i % tile
         for block in range(blocks):
-            cell = tiles + (i // _TILE * blocks + block) * _TILE * ROW_BYTES
+            cell = tiles + ((i - place) * blocks + block * tile) * ROW_BYTES
             half, total = float_to_half(float32(0)), 0
             if i < queries:
                 values = query[first_row + i // heads, first_head + i % heads, 32 * block :]
                 half, total = round_block(values, cell + 32 * place)
-            scales = carray(float32_pointer(cell + 32 * _TILE), (_TILE,))
-            offsets = carray(int32_pointer(cell + 36 * _TILE), (_TILE,))
+            scales = carray(float32_pointer(cell + 32 * tile), (tile,))
+            offsets = carray(int32_pointer(cell + 36 * tile), (tile,))
             scales[place], offsets[place] = half_to_float(half) * scale, -8 * total
 
 
@@ -278,8 +301,8 @@ def _add_tile(typingctx, page, blocks, weights, stride, totals):
         page, blocks, weights, stride, totals = (Value(asm, value) for value in args)
         kind, bytes_ = ir.VectorType(F32, PAGE), ir.VectorType(I8, PAGE)
         wide = ir.VectorType(I32, PAGE)
-        rows = [weights + stride * asm.constant(I64, i) for i in range(_TILE)]
-        room = cgutils.alloca_once(builder, ir.ArrayType(F32, _TILE * PAGE))
+        rows = [weights + stride * asm.constant(I64, i) for i in range(TILE)]
+        room = cgutils.alloca_once(builder, ir.ArrayType(F32, TILE * PAGE))
         scaled = Value(asm, builder.ptrtoint(room, I64))
         with asm.loop(blocks) as block:
             part = page.plus(block, PAGE * 34)
@@ -289,13 +312,13 @@ def _add_tile(typingctx, page, blocks, weights, stride, totals):
             for half in range(2):
                 places = [
                     (totals + blocks * asm.constant(I64, 4 * 32 * i)).plus(block, 4 * 32)
-                    for i in range(_TILE)
+                    for i in range(TILE)
                 ]
                 sums = [asm.load(kind, place, 4 * PAGE * half) for place in places]
                 for lane in range(PAGE):
                     values = asm.load(bytes_, part, 2 * PAGE + 32 * lane + PAGE * half)
                     floats = values.widened(wide, signed=True).as_floats()
-                    for i in range(_TILE):
+                    for i in range(TILE):
                         weight = asm.load(F32, scaled, 4 * (PAGE * i + lane))
                         sums[i] = asm.fused(asm.splat(weight, PAGE), floats, sums[i])
                 for place, total in zip(places, sums, strict=True):

@@ -21,8 +21,8 @@ from pyllama_kernels.lowlevel import address_of, float32_pointer, stack
 from pyllama_kernels.pages import PAGE
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
-# Bytes from a weight that is read to the one that is asked for. Measured: on Zen 4, 2 KiB costs 4 to
-# 9 % against 1; on Zen 5, 4 KiB gains 9 % on it; Intel needs 2 to reach what memory can give.
+# Bytes from a weight that is read to the one that is asked for. Measured: on Zen 4, 2 KiB costs 4
+# to 9 % against 1; on Zen 5, 4 KiB gains 9 % on 1; Intel needs 2 to reach what memory can give.
 _AHEAD = {"znver4": 1024, "znver5": 4096}.get(binding.get_host_cpu_name(), 2048)
 _NEAR = 1 << 19  # bytes: half of the second-level cache of what is common today
 _MOST = 16  # rows of the largest tile

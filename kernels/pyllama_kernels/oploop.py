@@ -113,9 +113,9 @@ OP = np.dtype(
     align=True,
 )
 
-# The words of `step`, an int64 array: counts (rows of the batch, rows with logits, pairs of a row and
-# an expert), the addresses of the rows' facts, and of memory for attention: the chunks' results, and
-# scratch of so many bytes for each thread.
+# The words of `step`, an int64 array: counts of rows (of the batch, with logits, of experts), the
+# addresses of the rows' facts, and of memory for attention: the chunks' results, and scratch of so
+# many bytes for each thread.
 N_ROWS, N_LOGITS, N_PAIRS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(9)
 STEP_WORDS = 9
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_kernels.blocks import dequantize_q40, dequantize_q80, quantize_q80
+from pyllama_kernels.blocks import BLOCK, dequantize_q40, dequantize_q80, quantize_q80
 from pyllama_kernels.layout import (
-    BLOCK,
     ROW_BYTES,
     activation_bytes,
     pack_activations,

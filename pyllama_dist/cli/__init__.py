@@ -13,6 +13,7 @@ from pyllama_dist.errors import PyllamaError
 _COMMANDS = {
     "root": "Ask a model: one answer, or a chat.",
     "worker": "Serve a root with this machine's cores and memory.",
+    "fetch": "Fetch a checkpoint from Hugging Face.",
     "convert": "Make a model from a Hugging Face checkpoint.",
     "inspect": "Show what is in a model.",
     "doctor": "Show what this machine offers, and what slows it down.",

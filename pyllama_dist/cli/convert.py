@@ -6,10 +6,11 @@ import click
 
 from pyllama_dist.cli.options import option, progress_bar
 from pyllama_dist.config import FloatType
+from pyllama_dist.errors import UsageError
 
 
 @click.command("convert")
-@click.argument("checkpoint_dir", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @option(
     "--weights",
@@ -18,20 +19,21 @@ from pyllama_dist.config import FloatType
     show_default=True,
     help="Format of the matrices.",
 )
-def command(checkpoint_dir: Path, out_dir: Path, weights: str) -> None:
-    """Make a model from a Hugging Face checkpoint.
+@option("--revision", help="Branch, tag or commit of a repository. [default: main]")
+def command(checkpoint: str, out_dir: Path, weights: str, revision: str | None) -> None:
+    """Make a model from a Hugging Face checkpoint, or from a GGUF file.
 
+    CHECKPOINT is a directory, a file, or OWNER/NAME: a repository to fetch first.
     OUT_DIR will hold model.m, tokenizer.json, chat_template.jinja and generation_config.json.
     """
     from rich.filesize import decimal
 
     from pyllama_dist.formats.convert import convert
-    from pyllama_dist.models import ARCHITECTURES
+    from pyllama_dist.models import CHECKPOINTS
 
+    source = _source(checkpoint, revision)
     with progress_bar("convert") as progress:
-        report = convert(
-            checkpoint_dir, out_dir, FloatType[weights.upper()], ARCHITECTURES, progress
-        )
+        report = convert(source, out_dir, FloatType[weights.upper()], CHECKPOINTS, progress)
     for warning in report.warnings:
         click.echo(f"note: {warning}", err=True)
     click.echo(
@@ -39,3 +41,16 @@ def command(checkpoint_dir: Path, out_dir: Path, weights: str) -> None:
         f"{decimal(report.checkpoint_bytes)} became {decimal(report.model_bytes)} "
         f"({', '.join(report.files)})"
     )
+
+
+def _source(checkpoint: str, revision: str | None) -> Path:
+    """Where the checkpoint lies, once it is fetched if need be."""
+    from pyllama_dist.formats.hub import fetch_checkpoint, is_repo_name
+
+    if Path(checkpoint).exists() or not is_repo_name(checkpoint):
+        if revision is not None:
+            raise UsageError(f"{checkpoint}: --revision is for a repository; leave it out")
+        return Path(checkpoint)
+    click.echo(f"{checkpoint} is no directory here: fetching it from Hugging Face", err=True)
+    with progress_bar("fetch") as progress:
+        return fetch_checkpoint(checkpoint, revision or "main", progress).path

@@ -15,6 +15,7 @@ from pyllama_dist.cli.options import (
     progress_bar,
 )
 from pyllama_dist.errors import UsageError
+from pyllama_dist.files import find_model
 
 
 @click.command("logits", cls=SpaceSeparated)
@@ -32,7 +33,7 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
 
     cluster = make_cluster(**cluster_settings)
     with ExitStack() as stack:
-        path = (model or BUILTIN) / "model.m"
+        path = find_model(model or BUILTIN)
         file = stack.enter_context(ModelFile.open(path, ARCHITECTURES))
         ids = _ids(tokens, file.config.vocab_size)
         with progress_bar("weights") as progress:

@@ -20,7 +20,8 @@ BUILTIN = Path(__file__).parents[1] / "builtin"
 
 def option(flag: str, *names: str, **settings: Any) -> Callable[[_F], _F]:
     """A click option that also reads `PYLLAMA_DIST_<FLAG>`."""
-    variable = "PYLLAMA_DIST_" + flag.removeprefix("--").replace("-", "_").upper()
+    name = flag.partition("/")[0].removeprefix("--")  # of --think/--no-think the first
+    variable = "PYLLAMA_DIST_" + name.replace("-", "_").upper()
     return click.option(flag, *names, envvar=variable, **settings)
 
 
@@ -58,7 +59,7 @@ def cluster_options(command: _F) -> _F:
             option(
                 "--model",
                 type=click.Path(path_type=Path),
-                help="Directory made by `convert`. Without it the built-in demonstration answers.",
+                help="Directory made by `convert`, or a .m file. [default: a small built-in model]",
             ),
             option(
                 "--workers",
@@ -105,6 +106,15 @@ def cluster_options(command: _F) -> _F:
     ):
         command = decorate(command)
     return command
+
+
+def tokenizer_option(command: _F) -> _F:
+    """The option that says which tokenizer a model takes."""
+    return option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="A .t file or tokenizer.json. [default: the one beside the model]",
+    )(command)
 
 
 def make_cluster(

@@ -13,14 +13,21 @@ from pyllama_dist.cli.options import (
     make_cluster,
     option,
     progress_bar,
+    tokenizer_option,
 )
 from pyllama_dist.errors import UsageError
 
 
 @click.command("root", cls=SpaceSeparated)
 @cluster_options
+@tokenizer_option
 @option("--prompt", help="Answer this and end. Without it: a chat.")
 @option("--system", help="What the model is told before the conversation.")
+@option(
+    "--think/--no-think",
+    default=None,
+    help="Let the model reason before it answers, or not (enable_thinking of its chat template).",
+)
 @option(
     "--steps",
     type=click.IntRange(min=0),
@@ -33,8 +40,10 @@ from pyllama_dist.errors import UsageError
 @option("--json", "as_json", is_flag=True, help="With --prompt: print one JSON object.")
 def command(
     model: Path | None,
+    tokenizer: Path | None,
     prompt: str | None,
     system: str | None,
+    think: bool | None,
     steps: int,
     temperature: float | None,
     topp: float | None,
@@ -62,11 +71,12 @@ def command(
         )
     cluster = make_cluster(**cluster_settings)
     with ExitStack() as stack:
-        parts = stack.enter_context(open_model(model or BUILTIN))
+        parts = stack.enter_context(open_model(model or BUILTIN, tokenizer))
         with progress_bar("weights") as progress:
             root = stack.enter_context(open_root(parts.file, cluster, progress))
         sampling = parts.sampling(temperature, topp, seed)
-        conversation = Conversation(parts, Engine(root), sampling, system)
+        variables = {} if think is None else {"enable_thinking": think}
+        conversation = Conversation(parts, Engine(root), sampling, system, variables)
         if prompt is None:
             talk.chat(conversation, steps)
         elif as_json:

@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,6 +11,7 @@ import click
 
 from pyllama_dist.chat import Answer, Conversation
 from pyllama_dist.errors import UsageError
+from pyllama_dist.text.thinking import Piece
 
 
 @contextmanager
@@ -41,15 +42,48 @@ class _Flag:
 def _stream(conversation: Conversation, text: str, steps: int) -> Answer:
     with _catch_interrupt() as interrupted:
         answer = conversation.ask(text, steps, interrupted)
-        for piece in answer:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        _print(answer)
     return answer
+
+
+def _print(pieces: Iterable[Piece]) -> None:
+    """Prints pieces as they come.
+
+    What the model thinks is dimmed on a terminal. Elsewhere it goes to standard error: standard
+    output has the answer alone.
+    """
+    aside = sys.stdout if sys.stdout.isatty() else sys.stderr
+    thinking = False
+    for piece in pieces:
+        if piece.thought:
+            thinking = True
+            # Each piece alone, so that an interruption leaves no terminal dimmed.
+            aside.write(click.style(piece.text, dim=True) if aside.isatty() else piece.text)
+            aside.flush()
+            continue
+        if thinking:
+            thinking = False
+            aside.write("\n\n")
+            aside.flush()
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    if thinking and aside is not sys.stdout:
+        aside.write("\n")
+    sys.stdout.write("\n")
+
+
+def _tell_if_raw(conversation: Conversation) -> None:
+    if conversation.parts.template is None:
+        click.echo(
+            f"{conversation.parts.name} has no chat template: it continues each text as it is, "
+            "and knows none that came before",
+            err=True,
+        )
 
 
 def answer(conversation: Conversation, prompt: str, steps: int) -> None:
     """Prints one answer as it comes, and what it took on standard error."""
+    _tell_if_raw(conversation)
     done = _stream(conversation, prompt, steps)
     click.echo(_summary(conversation, done), err=True)
     if done.generation.finish_reason == "interrupted":
@@ -68,6 +102,7 @@ def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
             {
                 "model": conversation.parts.name,
                 "text": done.text,
+                "reasoning": done.reply.reasoning,
                 "tokens": done.tokens,
                 "prompt_tokens": done.prompt,
                 "finish_reason": done.generation.finish_reason,
@@ -92,6 +127,7 @@ def chat(conversation: Conversation, steps: int) -> None:
         import readline  # noqa: F401  (gives `input` its line editing)
 
         click.echo("^C stops an answer, /clear starts anew, /exit or ^D leaves", err=True)
+    _tell_if_raw(conversation)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()

@@ -5,30 +5,33 @@ from pathlib import Path
 
 import click
 
-from pyllama_dist.cli.options import BUILTIN, option
+from pyllama_dist.cli.options import BUILTIN, option, tokenizer_option
 from pyllama_dist.errors import UsageError
 
 
 @click.command("tokenize")
-@option("--model", type=click.Path(path_type=Path), help="Directory made by `convert`.")
+@option(
+    "--model", type=click.Path(path_type=Path), help="Directory made by `convert`, or a .m file."
+)
+@tokenizer_option
 @click.argument("text")
 @option("--chat", is_flag=True, help="As the message of a user, in the model's template.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path | None, text: str, chat: bool, as_json: bool) -> None:
+def command(
+    model: Path | None, tokenizer: Path | None, text: str, chat: bool, as_json: bool
+) -> None:
     """Show the tokens of TEXT: their ids and what each stands for."""
-    from pyllama_dist.text.chat import ChatTemplate
-    from pyllama_dist.text.tokenizer import Tokenizer
+    from pyllama_dist.model_dir import ModelPaths
 
-    directory = model or BUILTIN
-    tokenizer = Tokenizer.open(directory)
+    paths = ModelPaths.find(model or BUILTIN, tokenizer)
+    cutter, template = paths.text()
     if chat:
-        template = ChatTemplate.open(directory, tokenizer)
         if template is None:
-            raise UsageError(f"{directory} has no chat template; leave out --chat")
-        ids = tokenizer.encode_template(template.render([{"role": "user", "content": text}]))
+            raise UsageError(f"{paths.tokenizer} has no chat template; leave out --chat")
+        ids = cutter.encode_template(template.render([{"role": "user", "content": text}]))
     else:
-        ids = tokenizer.encode(text)
-    pieces = tokenizer.tokens(ids)
+        ids = cutter.encode(text)
+    pieces = cutter.tokens(ids)
     if as_json:
         click.echo(json.dumps({"ids": ids, "pieces": pieces}))
         return

@@ -33,7 +33,8 @@ from pyllama_dist.program import (
     weights,
 )
 from pyllama_kernels import reference as kernels
-from pyllama_kernels.layout import BLOCK, ROW_BYTES, activation_bytes
+from pyllama_kernels.blocks import BLOCK
+from pyllama_kernels.layout import ROW_BYTES, activation_bytes
 from pyllama_kernels.plans import PAIRS, lists, spans
 
 

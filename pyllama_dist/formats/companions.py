@@ -1,11 +1,12 @@
 """The text files beside `model.m`: tokenizer, chat template, generation config."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import read_json
+from pyllama_dist.formats import sentencepiece_file, tiktoken_file
 
 
 def companion_files(
@@ -22,21 +23,42 @@ def companion_files(
         FileError: one of the files is there but damaged.
     """
     files: dict[str, bytes] = {}
-    tokenizer = _read(checkpoint_dir / "tokenizer.json")
+    tokenizer, stops = _tokenizer(checkpoint_dir)
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer
     else:
-        warnings.append("the checkpoint has no tokenizer.json: the model cannot read text")
+        warnings.append(
+            "the checkpoint has no tokenizer.json or tokenizer.model: the model cannot read text"
+        )
     template = _chat_template(checkpoint_dir)
     if template is not None:
         files["chat_template.jinja"] = template
     else:
         warnings.append("the checkpoint has no chat template: the model cannot chat")
-    generation = _generation_config(checkpoint_dir, config)
+    generation = _generation_config(checkpoint_dir, config, stops)
     if not generation["eos_token_id"]:
         warnings.append("the checkpoint names no eos_token_id: answers do not end by themselves")
     files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
     return files
+
+
+def _tokenizer(checkpoint_dir: Path) -> tuple[bytes | None, list[int]]:
+    """`tokenizer.json`, made from `tokenizer.model` if need be; and which ids end an answer there.
+
+    Checkpoints from before `tokenizer.json` keep their special tokens in code, not in files.
+    """
+    ready = _read(checkpoint_dir / "tokenizer.json")
+    path = checkpoint_dir / "tokenizer.model"
+    data = _read(path) if ready is None else None
+    if data is None:
+        return ready, []
+    if tiktoken_file.is_tiktoken(data):
+        made, stops = tiktoken_file.tokenizer_json(data, path), tiktoken_file.STOPS
+    else:
+        made = sentencepiece_file.tokenizer_json(data, path, sentencepiece_file.SPECIAL)
+        stops = sentencepiece_file.STOPS
+    added = json.loads(made)["added_tokens"]
+    return made, [token["id"] for token in added if token["content"] in stops]
 
 
 def _read(path: Path) -> bytes | None:
@@ -61,8 +83,10 @@ def _chat_template(checkpoint_dir: Path) -> bytes | None:
     return template.encode() if isinstance(template, str) else None
 
 
-def _generation_config(checkpoint_dir: Path, config: Mapping[str, object]) -> dict[str, object]:
-    """The checkpoint's generation config, with the end-of-text tokens of `config.json` too."""
+def _generation_config(
+    checkpoint_dir: Path, config: Mapping[str, object], stops: Sequence[int]
+) -> dict[str, object]:
+    """The checkpoint's generation config, with the ids in `config.json` and `stops` that end."""
     file = checkpoint_dir / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
     eos: list[int] = []
@@ -75,4 +99,4 @@ def _generation_config(checkpoint_dir: Path, config: Mapping[str, object]) -> di
                     f"correct it"
                 )
             eos.append(token)
-    return generation | {"eos_token_id": list(dict.fromkeys(eos))}
+    return generation | {"eos_token_id": list(dict.fromkeys([*eos, *stops]))}

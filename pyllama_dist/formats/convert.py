@@ -1,4 +1,4 @@
-"""Converts a checkpoint of Hugging Face to a model directory.
+"""Converts a checkpoint of Hugging Face, or one in a GGUF file, to a model directory.
 
 The directory holds `model.m`, `tokenizer.json`, `chat_template.jinja` and `generation_config.json`.
 Everything is checked before the first byte is written, and the files appear at the end, together.
@@ -6,23 +6,29 @@ Everything is checked before the first byte is written, and the files appear at 
 
 import itertools
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dist.config import Arch, Architecture, FloatType, ModelConfig, Tensor
+from pyllama_dist.config import Architecture, FloatType, ModelConfig, Order, Tensor
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.formats import header
 from pyllama_dist.formats.checkpoint import Checkpoint
 from pyllama_dist.formats.companions import companion_files
+from pyllama_dist.formats.gguf_checkpoint import GgufCheckpoint
 from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.formats.replacing import replacing
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+AnyCheckpoint = Checkpoint | GgufCheckpoint
+_Rows = TypeVar("_Rows", Floats, Bytes)
 
 _CHUNK_BYTES = 8 << 20  # of float32 held at once
 
@@ -59,16 +65,16 @@ def convert(
     checkpoint_dir: Path,
     out_dir: Path,
     weights: FloatType,
-    architectures: Mapping[Arch, Architecture],
+    architectures: Mapping[str, Architecture],
     progress: Callable[[int, int], None],
 ) -> Report:
     """Converts the checkpoint in `checkpoint_dir` to a model in `out_dir`.
 
     Args:
-        checkpoint_dir: holds `config.json` and safetensors.
+        checkpoint_dir: holds `config.json` and safetensors; or a GGUF file.
         out_dir: made if it is not there; files in it are replaced at the end.
         weights: number format of the matrices.
-        architectures: those that can be converted.
+        architectures: those that can be converted, by `model_type`.
         progress: is told the bytes of `model.m` written so far, and its size.
 
     Raises:
@@ -78,19 +84,23 @@ def convert(
     """
     if checkpoint_dir.resolve() == out_dir.resolve():
         raise UsageError(f"{out_dir}: the checkpoint's own directory; give another one to write to")
-    checkpoint = Checkpoint.open(checkpoint_dir)
+    checkpoint = _open(checkpoint_dir)
     architecture = _architecture(checkpoint, architectures)
     warnings: list[str] = []
     config = _config(checkpoint, architecture, weights, warnings)
-    tensors = architecture.tensors(config)
-    sources = {tensor.name: _source(tensor, checkpoint) for tensor in tensors}
-    _check_shapes(tensors, sources, checkpoint)
-    warnings += _unused(checkpoint, frozenset(sources.values()), config.n_layers)
-    companions = companion_files(checkpoint.path, checkpoint.config, warnings)
+    names = checkpoint.names
+    tensors = [_found(tensor, checkpoint, names) for tensor in architecture.tensors(config)]
+    _check_shapes(tensors, checkpoint)
+    warnings += _unused(names - {tensor.source[0] for tensor in tensors}, config.n_layers)
+    if isinstance(checkpoint, GgufCheckpoint):
+        warnings += [*checkpoint.notes, *_copied(tensors, checkpoint, weights)]
+        companions = checkpoint.companions(warnings)
+    else:
+        companions = companion_files(checkpoint.path, checkpoint.config, warnings)
     size = _model_bytes(config, tensors, checkpoint_dir)
 
-    def data(tensor: Tensor) -> Iterator[Floats]:
-        return _chunks(checkpoint, sources[tensor.name], tensor)
+    def data(tensor: Tensor) -> Iterator[Floats | Bytes]:
+        return _chunks(checkpoint, tensor)
 
     written = 0
 
@@ -126,17 +136,24 @@ def convert(
     )
 
 
+def _open(path: Path) -> AnyCheckpoint:
+    return GgufCheckpoint.open(path) if path.is_file() else Checkpoint.open(path)
+
+
+def _config_file(path: Path) -> Path:
+    return path if path.is_file() else path / "config.json"
+
+
 def _architecture(
-    checkpoint: Checkpoint, architectures: Mapping[Arch, Architecture]
+    checkpoint: AnyCheckpoint, architectures: Mapping[str, Architecture]
 ) -> Architecture:
-    file = checkpoint.path / "config.json"
+    file = _config_file(checkpoint.path)
     model_type = checkpoint.config.get("model_type")
-    architecture = next((a for arch, a in architectures.items() if arch == model_type), None)
+    architecture = architectures.get(model_type) if isinstance(model_type, str) else None
     if architecture is None:
-        hint = "use its -hf version" if model_type == "chatglm" else "choose another checkpoint"
         raise FileError(
-            f"{file}: model_type {model_type!r} is not supported, "
-            f"only {', '.join(architectures)}; {hint}"
+            f"{file}: model_type {model_type!r} is not supported, only "
+            f"{', '.join(architectures)}; choose another checkpoint"
         )
     quantization = checkpoint.config.get("quantization_config")
     if quantization is not None:
@@ -149,7 +166,7 @@ def _architecture(
 
 
 def _config(
-    checkpoint: Checkpoint, architecture: Architecture, weights: FloatType, warnings: list[str]
+    checkpoint: AnyCheckpoint, architecture: Architecture, weights: FloatType, warnings: list[str]
 ) -> ModelConfig:
     """The configuration; whether there are biases, the tensors decide, not `config.json`."""
     try:
@@ -173,31 +190,41 @@ def _config(
     return replace(said, qkv_bias=has_bias)
 
 
-def _source(tensor: Tensor, checkpoint: Checkpoint) -> str:
-    """The tensor of the checkpoint that `tensor` comes from."""
-    own = tensor.source[0]
-    found = next((name for name in tensor.source if name in checkpoint.names), own)
+def _found(tensor: Tensor, checkpoint: AnyCheckpoint, names: frozenset[str]) -> Tensor:
+    """`tensor` with the one source that it has in this checkpoint, and how it lies there."""
+    own, part = tensor.source[0], f"model.{tensor.name}"
+    if isinstance(checkpoint, GgufCheckpoint):
+        # What llama.cpp's converter has cut or put in order is taken as it is.
+        cut = own not in names and part in names
+        if cut or (checkpoint.interleaved_qk and tensor.source_order is Order.ADJACENT):
+            source = (part,) if cut else tensor.source
+            tensor = Tensor(tensor.name, tensor.shape, tensor.float_type, source)
     # Another than its own is right for a tied head only; else the checkpoint has lost something.
-    source = found if checkpoint.config.get("tie_word_embeddings") else own
-    checkpoint.check_type(source)
-    return source
+    found = tensor.source[0]
+    if checkpoint.config.get("tie_word_embeddings"):
+        found = next((name for name in tensor.source if name in names), found)
+    checkpoint.check_type(found)
+    return replace(tensor, source=(found,))
 
 
-def _check_shapes(tensors: list[Tensor], sources: dict[str, str], checkpoint: Checkpoint) -> None:
+def _check_shapes(tensors: list[Tensor], checkpoint: AnyCheckpoint) -> None:
     """Checks each tensor used; one that several are cut from must have just their rows."""
     expected: dict[str, tuple[int, ...]] = {}
     for tensor in tensors:
-        source, shape = sources[tensor.name], tensor.shape
-        if tensor.source_rows is not None:
-            stop = max(tensor.source_rows[1], expected.get(source, (0,))[0])
-            shape = (stop, *shape[1:])
-        expected[source] = shape
+        source, heads = tensor.source[0], tensor.source_heads
+        rows, *width = tensor.shape
+        rows //= heads
+        if tensor.source_order is Order.TRANSPOSED:
+            rows, width = width[0], [rows]
+        stop = heads * (tensor.source_rows[1] if tensor.source_rows else rows)
+        expected[source] = (max(stop, expected.get(source, (0,))[0]), *width)
     for source, shape in expected.items():
         found = checkpoint.shape(source)
         if found != shape:
             raise FileError(
-                f"{checkpoint.path}: tensor {source} is {list(found)}, config.json says "
-                f"{list(shape)}; the files do not belong together, download them again"
+                f"{checkpoint.path}: tensor {source} is {list(found)}, "
+                f"{_config_file(checkpoint.path).name} says {list(shape)}; "
+                f"the files do not belong together, download them again"
             )
 
 
@@ -206,33 +233,102 @@ def _model_bytes(config: ModelConfig, tensors: list[Tensor], checkpoint_dir: Pat
     try:
         start = header.encode(config)
     except ValueError as error:
-        raise FileError(f"{checkpoint_dir / 'config.json'}: {error}") from None
+        raise FileError(f"{_config_file(checkpoint_dir)}: {error}") from None
     try:
         return len(start) + sum(tensor_bytes(tensor) for tensor in tensors)
     except ValueError as error:
         raise FileError(f"{checkpoint_dir}: {error}; convert with --weights f32") from None
 
 
-def _chunks(checkpoint: Checkpoint, source: str, tensor: Tensor) -> Iterator[Floats]:
-    """The rows of `tensor`, a few MiB at a time."""
+def _copied(tensors: list[Tensor], checkpoint: GgufCheckpoint, weights: FloatType) -> Iterator[str]:
+    """A line on the matrices that are copied, and one on those that lose digits."""
+    copied: Counter[str] = Counter()
+    rounded: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.float_type is weights is not FloatType.F32:
+            source = tensor.source[0]
+            same = _blocks(checkpoint, tensor, 0, 0) is not None
+            (copied if same else rounded)[checkpoint.stored_type(source)] += 1
+    for counts, what in ((copied, "copied unchanged"), (rounded, f"rounded to {weights.name}")):
+        if counts:
+            types = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
+            yield f"matrices {what}: {types}"
+
+
+def _chunks(checkpoint: AnyCheckpoint, tensor: Tensor) -> Iterator[Floats | Bytes]:
+    """The rows of `tensor`, a few MiB at a time; stored blocks where they are what it takes."""
+    source, order = tensor.source[0], tensor.source_order
     if len(tensor.shape) == 1:
-        first, last = 0, 1
-    else:
-        first, last = tensor.source_rows or (0, tensor.shape[0])
-    step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
-    limit = _LARGEST[tensor.float_type]
-    for start in range(first, last, step):
-        rows = checkpoint.rows(source, start, min(start + step, last))
-        # Written so that NaN, which compares as false, is caught too.
-        if not (rows.min() >= -limit and rows.max() <= limit):
-            raise FileError(
-                f"{checkpoint.path}: tensor {source} has values that are NaN, infinite or too "
-                f"large for {tensor.float_type.name}; download it again or use --weights f32"
-            )
-        yield rows
+        column = _floats(checkpoint, tensor, 0, 1).reshape(-1, 1)
+        parts = [
+            _ordered(column[start:stop], order) for start, stop in _spans(tensor, len(column), 1)
+        ]
+        yield np.concatenate(parts).reshape(1, -1)
+        return
+    height, width = checkpoint.shape(source)
+    for start, stop in _spans(tensor, height, width):
+        blocks = _blocks(checkpoint, tensor, start, stop)
+        if blocks is not None:
+            yield _ordered(blocks, order)
+        else:
+            yield _ordered(_floats(checkpoint, tensor, start, stop), order)
 
 
-def _unused(checkpoint: Checkpoint, used: frozenset[str], n_layers: int) -> list[str]:
+def _spans(tensor: Tensor, height: int, width: int) -> Iterator[tuple[int, int]]:
+    """Which rows of its source a tensor is made of: each span is whole or is put in order alone."""
+    head = height // tensor.source_heads
+    first, last = tensor.source_rows or (0, head)
+    step = last - first
+    if tensor.source_order is Order.SAME:
+        step = max(1, _CHUNK_BYTES // (4 * width))
+    for at in range(0, height, head):
+        for start in range(at + first, at + last, step):
+            yield start, min(start + step, at + last)
+
+
+def _ordered(rows: _Rows, order: Order) -> _Rows:
+    """The rows of one head in another order."""
+    match order:
+        case Order.SAME:
+            return rows
+        case Order.TRANSPOSED:
+            return rows.T
+        case Order.ADJACENT:
+            return rows.reshape(2, -1, rows.shape[1]).swapaxes(0, 1).reshape(rows.shape)
+
+
+def _blocks(checkpoint: AnyCheckpoint, tensor: Tensor, start: int, stop: int) -> Bytes | None:
+    """Rows of a tensor's source as they are stored, if that is the format of the tensor."""
+    if isinstance(checkpoint, Checkpoint) or tensor.source_order is Order.TRANSPOSED:
+        return None
+    source = tensor.source[0]
+    blocks = checkpoint.blocks(source, tensor.float_type, start, stop)
+    if blocks is None:
+        return None
+    # Each block begins with its scale.
+    scales = blocks.reshape(-1, tensor.float_type.block_bytes)[:, :2].copy().view("<f2")
+    if not np.isfinite(scales).all():
+        raise FileError(
+            f"{checkpoint.path}: tensor {source} has blocks whose scale is NaN or infinite; "
+            f"download it again"
+        )
+    return blocks
+
+
+def _floats(checkpoint: AnyCheckpoint, tensor: Tensor, start: int, stop: int) -> Floats:
+    """Rows of a tensor's source, all of them numbers that the tensor's format can hold."""
+    source, limit = tensor.source[0], _LARGEST[tensor.float_type]
+    rows = checkpoint.rows(source, start, stop)
+    # Written so that NaN, which compares as false, is caught too.
+    if not (rows.min() >= -limit and rows.max() <= limit):
+        raise FileError(
+            f"{checkpoint.path}: tensor {source} has values that are NaN, infinite or too "
+            f"large for {tensor.float_type.name}; download it again or use --weights f32"
+        )
+    return rows
+
+
+def _unused(names: frozenset[str], n_layers: int) -> list[str]:
     """A line for the tensors beyond the last layer, and one for others that have no use."""
 
     def beyond(name: str) -> bool:
@@ -242,7 +338,7 @@ def _unused(checkpoint: Checkpoint, used: frozenset[str], n_layers: int) -> list
             for layers, number in itertools.pairwise(parts)
         )
 
-    unused = sorted(checkpoint.names - used)
+    unused = sorted(names)
     others = [name for name in unused if not beyond(name)]
     lines = []
     if extra := len(unused) - len(others):

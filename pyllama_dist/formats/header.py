@@ -1,106 +1,69 @@
 """The header of a `.m` file: distributed-llama's keys, and ours for what GLM needs beyond them.
 
 All numbers are little-endian int32: the magic, the size of the whole header, then pairs of key and
-value. The first tensor follows at once. Files of an architecture that distributed-llama does not
-know carry a new architecture id, so that it refuses them instead of misreading them.
+value. The first tensor follows at once. Files of Llama and Qwen3 are distributed-llama's own; those
+of an architecture that it does not know carry a new architecture id, so that it refuses them
+instead of misreading them.
 """
 
 import struct
-from collections.abc import Callable, Mapping
-from enum import IntEnum
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from pyllama_dist.config import Arch, FloatType, ModelConfig
+from pyllama_dist.config import (
+    Arch,
+    Experts,
+    FloatType,
+    Indexer,
+    Latent,
+    ModelConfig,
+    RopeScaling,
+)
 from pyllama_dist.errors import FileError
+from pyllama_dist.formats.keys import ARCH_IDS, LAYOUTS, Facts, Key, Pair, format_facts
 
 MAGIC = 0x0A00ABCD
 _OLD_MAGICS = (0xABCD00, 0xABCD01)
-_VERSION = 1
 _MAX_SIZE = 8 + 8 * 1024  # far above the pairs that exist
+_MAX_EXPERTS = 1 << 16  # of all layers, far above models that exist: each has tensors in the list
 _DAMAGED = "the file is damaged: convert the checkpoint or copy the file again"
 
-
-class Key(IntEnum):
-    """Keys of the pairs: below 100 distributed-llama's, from 100 on ours."""
-
-    VERSION = 0
-    ARCH_TYPE = 1
-    DIM = 2
-    HIDDEN_DIM = 3
-    N_LAYERS = 4
-    N_HEADS = 5
-    N_KV_HEADS = 6
-    N_EXPERTS = 7
-    N_ACTIVE_EXPERTS = 8
-    VOCAB_SIZE = 9
-    SEQ_LEN = 10
-    HIDDEN_ACT = 11
-    ROPE_THETA = 12
-    WEIGHT_FLOAT_TYPE = 13
-    ROPE_SCALING_FACTOR = 14
-    ROPE_SCALING_LOW_FREQ_FACTOR = 15
-    ROPE_SCALING_HIGH_FREQ_FACTOR = 16
-    ROPE_SCALING_ORIG_MAX_SEQ_LEN = 17
-    ROPE_TYPE = 18
-    HEAD_DIM = 19
-    NORM_EPSILON = 20
-    MOE_HIDDEN_DIM = 21
-    NORM_EPSILON_F32 = 100  # the bits of a float32
-    ROPE_THETA_F32 = 101  # the bits of a float32
-    ROTARY_DIM = 102
-    QKV_BIAS = 103  # 0 or 1
-
-
-_ARCH_IDS: dict[int, Arch] = {0xABCD10: Arch.GLM, 0xABCD11: Arch.GLM4}
-_UPSTREAM_ARCHS = {0xABCD00: "Llama", 0xABCD01: "Qwen3", 0xABCD02: "Qwen3-MoE"}
-
-# Values that every GLM file must have, in the order of the file, with the bounds of whole numbers.
-_GLM_BOUNDS: dict[Key, tuple[int, int]] = {
-    Key.VERSION: (_VERSION, _VERSION),
-    Key.ARCH_TYPE: (min(_ARCH_IDS), max(_ARCH_IDS)),
-    Key.DIM: (1, 1 << 24),
-    Key.HIDDEN_DIM: (1, 1 << 24),
-    Key.N_LAYERS: (1, 1024),
-    Key.N_HEADS: (1, 4096),
-    Key.N_KV_HEADS: (1, 4096),
-    Key.HEAD_DIM: (1, 4096),
-    Key.ROTARY_DIM: (0, 4096),
-    Key.VOCAB_SIZE: (1, 1 << 24),
-    Key.SEQ_LEN: (1, 1 << 24),
-    Key.ROPE_THETA_F32: (0, (1 << 31) - 1),
-    Key.NORM_EPSILON_F32: (0, (1 << 31) - 1),
-    Key.QKV_BIAS: (0, 1),
-    Key.WEIGHT_FLOAT_TYPE: (0, 3),
+_PARTS: Mapping[str, type] = {
+    "rope_scaling": RopeScaling,
+    "experts": Experts,
+    "latent": Latent,
+    "indexer": Indexer,
 }
+
+
+class _UnsupportedError(ValueError):
+    """The header may be good, but what it asks for is not implemented."""
 
 
 def encode(config: ModelConfig) -> bytes:
     """The header that says `config`.
 
     Raises:
-        ValueError: a value is out of the bounds of the format.
+        ValueError: a value is out of the bounds of the format, or it has no key for it.
     """
-    values: dict[Key, int] = {
-        Key.VERSION: _VERSION,
-        Key.ARCH_TYPE: next(number for number, arch in _ARCH_IDS.items() if arch is config.arch),
-        Key.DIM: config.dim,
-        Key.HIDDEN_DIM: config.ffn_dim,
-        Key.N_LAYERS: config.n_layers,
-        Key.N_HEADS: config.n_heads,
-        Key.N_KV_HEADS: config.n_kv_heads,
-        Key.HEAD_DIM: config.head_dim,
-        Key.ROTARY_DIM: config.rotary_dim,
-        Key.VOCAB_SIZE: config.vocab_size,
-        Key.SEQ_LEN: config.max_seq_len,
-        Key.ROPE_THETA_F32: _float_bits(config.rope_theta),
-        Key.NORM_EPSILON_F32: _float_bits(config.norm_epsilon),
-        Key.QKV_BIAS: int(config.qkv_bias),
-        Key.WEIGHT_FLOAT_TYPE: int(config.weights),
+    layout = LAYOUTS[config.arch]
+    facts = {**layout.fixed, **format_facts(_facts(config))}
+    values = {
+        pair.key: pair.code.number(facts[pair.fact])
+        for pair in layout.pairs
+        if pair.default is None or pair.fact in facts
     }
-    _glm_config(values)
+    told = _facts(_config(config.arch, values))
+    for name, value in _facts(config).items():
+        if not _same(value, told.get(name)):
+            raise ValueError(
+                f"{name} is {value}, which a model file of {config.arch} cannot say "
+                f"(it would say {told.get(name)})"
+            )
     ints = [number for pair in values.items() for number in pair]
     return struct.pack(f"<II{len(ints)}i", MAGIC, 8 + 4 * len(ints), *ints)
 
@@ -138,9 +101,11 @@ def read(file: BinaryIO, path: Path) -> tuple[ModelConfig, int]:
     if len(body) < size - 8:
         raise FileError(f"{path}: the file ends inside its header of {size} bytes; {_DAMAGED}")
     values = _pairs(body, path)
-    reader = _reader(values, path)
+    arch = _arch(values, path)
     try:
-        return reader(values), size
+        return _config(arch, values), size
+    except _UnsupportedError as error:
+        raise FileError(f"{path}: {error}") from None
     except ValueError as error:
         raise FileError(f"{path}: {error}; {_DAMAGED}") from None
 
@@ -161,75 +126,132 @@ def _pairs(body: bytes, path: Path) -> dict[Key, int]:
     return values
 
 
-def _reader(values: Mapping[Key, int], path: Path) -> Callable[[Mapping[Key, int]], ModelConfig]:
-    """The function that reads the values of this file's architecture."""
-    arch = values.get(Key.ARCH_TYPE)
-    if arch is None:
+def _arch(values: Mapping[Key, int], path: Path) -> Arch:
+    number = values.get(Key.ARCH_TYPE)
+    if number is None:
         raise FileError(f"{path}: header key 1 (ARCH_TYPE) is missing; {_DAMAGED}")
-    if arch in _ARCH_IDS:
-        return _glm_config
-    if arch in _UPSTREAM_ARCHS:
+    if number not in ARCH_IDS:
         raise FileError(
-            f"{path}: architecture {_UPSTREAM_ARCHS[arch]} is not supported yet; "
-            f"use a model of {' or '.join(_ARCH_IDS.values())}"
+            f"{path}: unknown architecture {number:#x}; "
+            f"a newer pyllama-dist may know it, else {_DAMAGED}"
         )
-    raise FileError(
-        f"{path}: unknown architecture {arch:#x}; a newer pyllama-dist may know it, else {_DAMAGED}"
-    )
+    return ARCH_IDS[number]
 
 
-def _glm_config(values: Mapping[Key, int]) -> ModelConfig:
-    """The configuration of a GLM file: each of its keys must be there, and no other."""
-    for key, (low, high) in _GLM_BOUNDS.items():
-        if key not in values:
-            raise ValueError(f"header key {key.value} ({key.name}) is missing")
-        if not low <= values[key] <= high:
-            raise ValueError(
-                f"header key {key.value} ({key.name}) is {values[key]}, expected {low} to {high}"
-            )
-    for key in values.keys() - _GLM_BOUNDS.keys():
-        raise ValueError(f"header key {key.value} ({key.name}) has no meaning for GLM")
-    config = ModelConfig(
-        arch=_ARCH_IDS[values[Key.ARCH_TYPE]],
-        dim=values[Key.DIM],
-        ffn_dim=values[Key.HIDDEN_DIM],
-        n_layers=values[Key.N_LAYERS],
-        n_heads=values[Key.N_HEADS],
-        n_kv_heads=values[Key.N_KV_HEADS],
-        head_dim=values[Key.HEAD_DIM],
-        rotary_dim=values[Key.ROTARY_DIM],
-        vocab_size=values[Key.VOCAB_SIZE],
-        max_seq_len=values[Key.SEQ_LEN],
-        rope_theta=_float_value(values[Key.ROPE_THETA_F32]),
-        norm_epsilon=_float_value(values[Key.NORM_EPSILON_F32]),
-        qkv_bias=bool(values[Key.QKV_BIAS]),
-        weights=FloatType(values[Key.WEIGHT_FLOAT_TYPE]),
-    )
+def _config(arch: Arch, values: Mapping[Key, int]) -> ModelConfig:
+    """The configuration of a file: each key of its architecture must be there, and no other."""
+    layout = LAYOUTS[arch]
+    for key in values.keys() - {pair.key for pair in layout.pairs}:
+        raise ValueError(f"header key {key.value} ({key.name}) has no meaning for {arch}")
+    facts = {pair.fact: _fact(pair, values) for pair in layout.pairs}
+    facts |= layout.fixed
+    layout.complete(facts)
+    config = _assembled(facts)
     _check(config)
     return config
+
+
+def _fact(pair: Pair, values: Mapping[Key, int]) -> object:
+    value = values.get(pair.key, pair.default)
+    name = f"header key {pair.key.value} ({pair.key.name})"
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    if not pair.low <= value <= pair.high:
+        bounds = f"{pair.low}" if pair.low == pair.high else f"{pair.low} to {pair.high}"
+        if pair.reason:
+            raise _UnsupportedError(f"{name} is {value}, expected {bounds}: {pair.reason}")
+        raise ValueError(f"{name} is {value}, expected {bounds}")
+    return pair.code.fact(value)
+
+
+def _facts(config: ModelConfig) -> Facts:
+    """All facts by name, those of a part like experts.count."""
+    facts: Facts = {}
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            facts |= {f"{name}.{part}": of_part for part, of_part in vars(value).items()}
+        else:
+            facts[name] = value
+    return facts
+
+
+def _assembled(facts: Facts) -> ModelConfig:
+    """The configuration of these facts; those that are of the format only are left out."""
+    own: dict[str, Any] = {f.name: facts[f.name] for f in fields(ModelConfig) if f.name in facts}
+    for name, kind in _PARTS.items():
+        part = {f.name: facts.get(f"{name}.{f.name}") for f in fields(kind)}
+        if any(value is not None for value in part.values()):
+            own[name] = kind(**part)
+    return ModelConfig(**own)
+
+
+def _same(value: object, told: object) -> bool:
+    """Whether a fact came through; of real numbers float32 does."""
+    if isinstance(value, float) and isinstance(told, float):
+        return bool(np.float32(value) == np.float32(told))
+    return value == told
 
 
 def _check(c: ModelConfig) -> None:
     """Refuses values that contradict each other or that nothing serves."""
     if c.n_heads % c.n_kv_heads:
         raise ValueError(f"{c.n_heads} query heads do not share {c.n_kv_heads} key heads evenly")
+    if not c.head_dim:
+        raise ValueError(f"{c.n_heads} query heads share {c.dim} values")
     if c.rotary_dim % 2 or c.rotary_dim > c.head_dim:
         raise ValueError(
             f"rotary dim is {c.rotary_dim}, expected an even number up to head dim {c.head_dim}"
         )
-    if not 1 <= c.rope_theta <= 1e12:
-        raise ValueError(f"rope theta is {c.rope_theta}, expected 1 to 1e12")
-    if not 0 <= c.norm_epsilon <= 1:
-        raise ValueError(f"norm epsilon is {c.norm_epsilon}, expected 0 to 1")
+    _check_number("rope theta", c.rope_theta, 1, 1e12)
+    _check_number("norm epsilon", c.norm_epsilon, 0, 1)
     if c.weights is FloatType.F16:
-        raise ValueError("weights are F16, expected F32, Q40 or Q80")
+        raise _UnsupportedError("weights are F16, which is not implemented, only F32, Q40 and Q80")
+    if c.rope_scaling is not None:
+        _check_scaling(c.rope_scaling)
+    if c.experts is not None:
+        _check_experts(c.experts, c.n_layers)
+    if c.latent is not None:
+        _check_number("norm epsilon of latent vectors", c.latent.norm_epsilon, 0, 1)
+    if c.indexer is not None:
+        _check_indexer(c.indexer, c.n_layers)
 
 
-def _float_bits(value: float) -> int:
-    """The bits of `value` as float32, in an int32."""
-    return int(np.float32(value).view(np.int32))
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # so that NaN is refused too
+        raise ValueError(f"{name} is {value}, expected {low:g} to {high:g}")
 
 
-def _float_value(bits: int) -> float:
-    """The shortest decimal that has these float32 bits: what was written as 1e-5 reads as 1e-5."""
-    return float(str(np.int32(bits).view(np.float32)))
+def _check_scaling(s: RopeScaling) -> None:
+    if not (0 < s.low_freq_factor < s.high_freq_factor and s.original_max_seq_len):
+        raise ValueError(
+            f"rope scaling between frequency factors {s.low_freq_factor:g} and "
+            f"{s.high_freq_factor:g} of {s.original_max_seq_len} positions is impossible"
+        )
+
+
+def _check_experts(e: Experts, n_layers: int) -> None:
+    if e.count * n_layers > _MAX_EXPERTS:
+        raise ValueError(f"{n_layers} layers of {e.count} experts, expected {_MAX_EXPERTS} in all")
+    if e.dense_layers > n_layers:
+        raise ValueError(f"{e.dense_layers} of {n_layers} layers are dense")
+    # A group is judged by its two best experts.
+    if (
+        e.count % e.groups
+        or e.active_groups > e.groups
+        or (e.groups > 1 and e.count < 2 * e.groups)
+    ):
+        raise ValueError(
+            f"{e.active_groups} of {e.groups} groups of {e.count} experts are impossible"
+        )
+    if e.active > e.active_groups * (e.count // e.groups):
+        raise ValueError(f"{e.active} of {e.count} experts are chosen: too many")
+    _check_number("scale of the experts", e.scale, 0, 1e6)
+
+
+def _check_indexer(i: Indexer, n_layers: int) -> None:
+    if len(i.layers) != n_layers:
+        raise _UnsupportedError(f"{n_layers} layers, of which {len(i.layers)} may pick positions")
+    if not i.layers[0]:
+        raise ValueError("the first layer takes the positions that none before it has picked")
+    if i.rotary_dim > i.head_dim:
+        raise ValueError(f"{i.rotary_dim} of {i.head_dim} values of an index head turn")

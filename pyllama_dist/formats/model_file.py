@@ -154,7 +154,7 @@ def write_model(
     path: Path,
     config: ModelConfig,
     tensors: list[Tensor],
-    data: Callable[[Tensor], Iterator[Floats]],
+    data: Callable[[Tensor], Iterator[Floats | Bytes]],
     progress: Callable[[int], None],
 ) -> None:
     """Writes a `.m` file, which appears under its name only when it is whole.
@@ -164,6 +164,7 @@ def write_model(
         config: what the header says.
         tensors: the tensors, in the order of the file.
         data: gives the rows of a tensor in chunks, `[rows, width]` float32; a vector is one row.
+            `[rows, row_bytes]` uint8 are taken as they are, as bytes of the tensor's float type.
         progress: is told the bytes written since the last call.
 
     Raises:
@@ -178,7 +179,7 @@ def write_model(
             rows = 0
             for chunk in data(tensor):
                 rows += len(chunk)
-                progress(file.write(_encode(chunk, tensor.float_type).data))
+                progress(file.write(_encode(chunk, tensor).data))
             if rows != _rows(tensor):
                 raise ValueError(f"{tensor.name}: {rows} rows given, {_rows(tensor)} expected")
 
@@ -192,14 +193,19 @@ def _stored_shape(tensor: Tensor) -> tuple[int, int]:
     return _rows(tensor), tensor.float_type.row_bytes(tensor.shape[-1])
 
 
-def _encode(values: Floats, float_type: FloatType) -> Bytes:
-    match float_type:
+def _encode(values: Floats | Bytes, tensor: Tensor) -> Bytes:
+    if values.dtype == np.uint8:
+        if values.shape[1] != _stored_shape(tensor)[1]:
+            raise ValueError(f"{tensor.name}: {values.shape[1]} bytes given for a row")
+        return np.ascontiguousarray(values, np.uint8)
+    floats = np.asarray(values, np.float32)
+    match tensor.float_type:
         case FloatType.Q40:
-            return quantize_q40(values)
+            return quantize_q40(floats)
         case FloatType.Q80:
-            return quantize_q80(values)
+            return quantize_q80(floats)
         case FloatType.F32:
-            return np.ascontiguousarray(values, "<f4").view(np.uint8)
+            return np.ascontiguousarray(floats, "<f4").view(np.uint8)
         case FloatType.F16:
             raise ValueError("F16 tensors are not written")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pyllama_dist.config import Arch, Architecture, ModelConfig
 from pyllama_dist.models import (
+    chatglm,
     glm,
     glm4,
     glm4_moe,
@@ -37,4 +38,11 @@ ARCHITECTURES: dict[Arch, Model] = {
         Arch.QWEN3: qwen3,
         Arch.QWEN3_MOE: qwen3_moe,
     }.items()
+}
+
+# What can be converted: architectures by `model_type`, and others that become one of them.
+CHECKPOINTS: dict[str, Architecture] = {
+    **{str(arch): model for arch, model in ARCHITECTURES.items()},
+    "chatglm": Architecture(chatglm.config_from_hf, chatglm.tensors),
+    "mistral": ARCHITECTURES[Arch.LLAMA],
 }

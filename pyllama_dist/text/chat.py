@@ -1,29 +1,41 @@
 """The checkpoint's chat template: messages to the text that the model was trained on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyllama_dist.errors import UsageError
-from pyllama_dist.files import read_text
+from pyllama_dist.files import read_json, read_text
 from pyllama_dist.text.special import Breaker, Rendered
-from pyllama_dist.text.tokenizer import AddedToken, Tokenizer
+from pyllama_dist.text.thinking import CLOSE, OPEN
+from pyllama_dist.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pyllama_dist.text.sandbox import SandboxedTemplate
 
-TEMPLATE_LIMIT = 1 << 20  # bytes
+TEMPLATE_LIMIT = CONFIG_LIMIT = 1 << 20  # bytes
 OWN_TEXT = ("content", "reasoning_content")  # fields that an assistant's message wrote itself
 
 
 class ChatTemplate:
-    """`chat_template.jinja`, compiled, with the special strings it alone may write."""
+    """`chat_template.jinja`, compiled, with the special strings it alone may write.
 
-    def __init__(self, template: "SandboxedTemplate", added: Iterable[AddedToken]) -> None:
-        added = tuple(added)
+    Attributes:
+        reads: names of the variables that the template reads.
+    """
+
+    def __init__(
+        self, template: "SandboxedTemplate", tokenizer: Tokenizer, named: Mapping[str, str]
+    ) -> None:
+        """`named` are special tokens that templates know by a name (`bos_token`)."""
+        self.reads = template.reads
         self._template = template
-        self._break_all = Breaker(token.text for token in added)
-        self._break_roles = Breaker(token.text for token in added if token.special)
+        self._named = named
+        thinking = {OPEN, CLOSE}
+        added = tokenizer.added.values()
+        self._break_all = Breaker({token.text for token in added} | thinking)
+        self._break_roles = Breaker({token.text for token in added if token.special} - thinking)
 
     @classmethod
     def open(cls, model_dir: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
@@ -41,7 +53,8 @@ class ChatTemplate:
             from pyllama_dist.text.sandbox import SandboxedTemplate
         except ImportError:
             raise UsageError("chat needs the jinja2 library; install pyllama-dist[root]") from None
-        return cls(SandboxedTemplate(source, str(path)), tokenizer.added.values())
+        named = _named_tokens(model_dir / "generation_config.json", tokenizer)
+        return cls(SandboxedTemplate(source, str(path)), tokenizer, named)
 
     def render(
         self,
@@ -49,27 +62,38 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
-        **variables: object,
+        variables: Mapping[str, object] | None = None,
     ) -> Rendered:
         """The conversation as the model reads it.
 
-        Special strings in `messages` and `tools` are text (see `special`): all of them in what
+        Messages are those of OpenAI's API: templates get a content of several texts as one, and
+        the arguments of a tool call as an object.
+
+        Special strings in what the caller gives are text (see `special`): all of them in what
         users, systems and tools wrote. What an assistant wrote keeps `<think>...</think>`, which
-        templates cut out of the history, but cannot speak as another role. `variables`
-        (`enable_thinking`, `bos_token`, ...) are the caller's own and are passed as they are.
+        templates cut out of the history, but cannot speak as another role.
+
+        Args:
+            messages: the conversation, each message with its `role` and `content`.
+            add_generation_prompt: end with the beginning of an answer.
+            tools: functions that the model may call.
+            variables: what else the template reads (`enable_thinking`).
 
         Raises:
             UsageError: the template does not take this conversation.
             FileError: the template does what no template may, or goes beyond a limit.
         """
+        try:
+            given = {
+                **{key: self._break_all.value(value) for key, value in (variables or {}).items()},
+                "messages": [self._broken(_as_templates_read(message)) for message in messages],
+                "tools": self._break_all.value(tools),
+            }
+        except RecursionError:
+            raise UsageError("the conversation is nested too deeply; flatten its objects") from None
         return Rendered(
             self._template.render(
-                {
-                    **variables,
-                    "messages": [self._broken(message) for message in messages],
-                    "tools": self._break_all.value(tools),
-                    "add_generation_prompt": add_generation_prompt,
-                }
+                {**self._named, **given, "add_generation_prompt": add_generation_prompt}
             )
         )
 
@@ -80,3 +104,51 @@ class ChatTemplate:
             breaker = self._break_roles if key in own else self._break_all
             broken[self._break_all.text(key)] = breaker.value(value)
         return broken
+
+
+def _as_templates_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message of OpenAI's API as templates expect it."""
+    changed: dict[str, Any] = {}
+    match message.get("content"):
+        case None if "content" in message:  # beside tool calls; templates would write "None"
+            changed["content"] = ""
+        case [*parts] if all(isinstance(part, Mapping) for part in parts):
+            texts = [part.get("text") for part in parts if part.get("type") == "text"]
+            if len(texts) == len(parts):
+                changed["content"] = "".join(map(str, texts))
+    match message.get("tool_calls"):
+        case [*calls]:
+            changed["tool_calls"] = [_call(call) for call in calls]
+    return {**message, **changed}
+
+
+def _call(call: Any) -> Any:
+    """A tool call whose arguments are an object, not the JSON text of one."""
+    match call:
+        case {"function": dict(function)}:
+            return {**call, "function": _call(function)}
+        case {"arguments": str(text)}:
+            try:
+                arguments = json.loads(text or "{}")
+            except ValueError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise UsageError(
+                    f"the arguments of the tool call {call.get('name')!r} are no JSON object; "
+                    "send what the model wrote, or leave the call out"
+                )
+            return {**call, "arguments": arguments}
+    return call
+
+
+def _named_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens that generation_config.json names, by their names in templates."""
+    fields = read_json(config, CONFIG_LIMIT) if config.exists() else {}
+    texts = {token.id: token.text for token in tokenizer.added.values()}
+    named = {}
+    for name in ("bos_token", "eos_token"):
+        ids = fields.get(f"{name}_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int) and first in texts:
+            named[name] = texts[first]
+    return named

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, meta
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -25,12 +28,22 @@ POWER_LIMIT = 64
 
 
 class SandboxedTemplate:
-    """A compiled template; `where` names it in errors."""
+    """A compiled template.
+
+    Attributes:
+        reads: names of the variables that it reads and does not set itself.
+    """
 
     def __init__(self, source: str, where: str) -> None:
-        """Compiles `source`; raises FileError if it is no Jinja template."""
+        """Compiles `source`, named by `where` in errors.
+
+        Raises:
+            FileError: it is no Jinja template.
+        """
         environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -38,6 +51,7 @@ class SandboxedTemplate:
         self._where = where
         try:
             self._template = environment.from_string(source)
+            self.reads = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except TemplateSyntaxError as error:
             raise FileError(
                 f"{where} line {error.lineno}: {one_line(error)}; "
@@ -106,6 +120,17 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(part, str | list | tuple) and len(part) * times > TEXT_LIMIT:
                     raise OverflowError(f"it repeats a value to more than {TEXT_LIMIT:,} items")
         return super().call_binop(context, operator, left, right)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}` marks for training what an assistant wrote."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares a set)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The statements between the tags, as if there were no tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _counted_range() -> Callable[..., range]:

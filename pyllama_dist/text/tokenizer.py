@@ -1,26 +1,24 @@
 """The checkpoint's own tokenizer, through the tokenizers library."""
 
+import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import one_line, read_json
-from pyllama_dist.text.detokenize import DetokenizeStream, byte_alphabet
+from pyllama_dist.text.detokenize import DetokenizeStream
 from pyllama_dist.text.special import MARK, Rendered, well_formed
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Library
+from pyllama_dist.text.vocabulary import LibraryVocabulary, Vocabulary
 
 TOKENIZER_LIMIT = 256 << 20  # bytes; GLM's file has 20 MB
 CONFIG_LIMIT = 1 << 20  # bytes
 MAX_ID = 1 << 24  # no vocabulary comes near
 STOP_STRINGS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 PREFIX_STRINGS = ("[gMASK]", "<sop>")
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
@@ -38,32 +36,32 @@ class Tokenizer:
     Attributes:
         added: the added tokens by their text (`<|user|>`, `<think>`, ...).
         eos_ids: ids that end an answer.
+        prefix: ids that begin a prompt without a template.
         vocab_size: one more than the highest id.
     """
 
     def __init__(
         self,
-        library: "Library",
+        vocabulary: Vocabulary,
         added: Iterable[AddedToken],
         eos_ids: Iterable[int],
-        decoders: Collection[str],
+        prefix: Sequence[int] = (),
     ) -> None:
-        """`library` knows no added tokens and has no post-processor; `decoders` are its types."""
+        """`vocabulary` knows no added tokens."""
         self.added: Mapping[str, AddedToken] = {token.text: token for token in added}
         self.eos_ids = frozenset(eos_ids)
-        self._library = library
+        self.prefix = tuple(prefix)
+        self._vocabulary = vocabulary
         self._texts = {token.id: text for text, token in self.added.items()}
         self._hidden = self.eos_ids | {token.id for token in self.added.values() if token.special}
-        self.vocab_size = 1 + max([*library.get_vocab().values(), *self._texts], default=-1)
+        self.vocab_size = max(vocabulary.size, 1 + max(self._texts, default=-1))
         # Longest first, as the library does: `<|user|>` before a token that begins it.
         texts = sorted(self.added, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
-        self._alphabet = byte_alphabet() if "ByteLevel" in decoders else None
-        self._byte_fallback = "ByteFallback" in decoders
 
     @classmethod
     def open(cls, model_dir: Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, if there is one, `generation_config.json`.
+        """Reads `tokenizer.json` of a directory and, if there is one, `generation_config.json`.
 
         Raises:
             UsageError: the tokenizers library is not installed.
@@ -108,14 +106,15 @@ class Tokenizer:
         eos_ids = _eos_ids(model_dir / "generation_config.json")
         if eos_ids is None:
             eos_ids = [ids[text] for text in STOP_STRINGS if text in ids]
-        return cls(library, added, eos_ids, _decoders(fields.get("decoder")))
+        vocabulary = LibraryVocabulary(library, _decoders(fields.get("decoder")))
+        return cls(vocabulary, added, eos_ids, _prefix(fields.get("post_processor"), ids))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing in it is special and nothing is prepended.
 
         Lone surrogates are encoded as U+FFFD.
         """
-        return list(self._library.encode(well_formed(text), add_special_tokens=False).ids)
+        return self._vocabulary.encode(well_formed(text))
 
     def encode_template(self, rendered: Rendered) -> list[int]:
         """Ids of a rendered conversation: what the template wrote whole is special.
@@ -131,9 +130,8 @@ class Tokenizer:
         return ids + self.encode(rendered.marked[end:].replace(MARK, ""))
 
     def encode_raw(self, text: str) -> list[int]:
-        """Ids of a prompt without a template: `[gMASK]<sop>` if the model has both, then `text`."""
-        known = [self.added[prefix].id for prefix in PREFIX_STRINGS if prefix in self.added]
-        return (known if len(known) == len(PREFIX_STRINGS) else []) + self.encode(text)
+        """Ids of a prompt without a template: `prefix`, then `text`."""
+        return [*self.prefix, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special and unknown ones give nothing, invalid UTF-8 gives U+FFFD."""
@@ -155,19 +153,7 @@ class Tokenizer:
         """What `token` adds to the text, special or not; `first` if no token came before it."""
         if token in self._texts:
             return well_formed(self._texts[token]).encode()
-        name = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
-        if name is None:
-            return b""
-        if self._alphabet is not None:
-            if all(char in self._alphabet for char in name):
-                return bytes(self._alphabet[char] for char in name)
-            return name.encode()
-        if self._byte_fallback and (match := BYTE_TOKEN.fullmatch(name)):
-            return bytes.fromhex(match[1])
-        # SentencePiece decoders drop the space before the first word: a later token is what it adds
-        # to the text of itself.
-        once = self._library.decode([token])
-        return (once if first else self._library.decode([token, token])[len(once) :]).encode()
+        return self._vocabulary.piece(token, first)
 
 
 def _printable(data: bytes) -> str:
@@ -203,6 +189,23 @@ def _decoders(value: object) -> set[str]:
         return set()
     parts = value.get("decoders") or []
     return {str(value.get("type"))}.union(*map(_decoders, parts))
+
+
+def _prefix(post_processor: object, ids: Mapping[str, int]) -> list[int]:
+    """What begins a plain prompt: what the post-processor puts first, else GLM's prefix.
+
+    Args:
+        post_processor: that of tokenizer.json; parts of it may be a list.
+        ids: of the added tokens, by their text.
+    """
+    match post_processor:
+        case {"type": "Sequence", "processors": [*parts]}:
+            return next(filter(None, (_prefix(part, ids) for part in parts)), [])
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": _}, *_] as parts}:
+            start = itertools.takewhile(lambda part: "SpecialToken" in part, parts)
+            return [id for part in start if (id := ids.get(part["SpecialToken"]["id"])) is not None]
+    known = [ids[text] for text in PREFIX_STRINGS if text in ids]
+    return known if len(known) == len(PREFIX_STRINGS) else []
 
 
 def _added_tokens(value: object, path: Path) -> list[AddedToken]:

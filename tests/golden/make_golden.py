@@ -5,8 +5,9 @@ Run it in an environment of its own, as it needs more than the project does:
     pip install torch==2.13.0 transformers==5.23.0
     python tests/golden/make_golden.py
 
-With names of folders behind it, it makes those only. It is deterministic: run again, it leaves the same files. Each folder is a checkpoint as
-transformers saves it, with `golden.npz` beside it, which holds
+With names of folders behind it, it makes those only. It is deterministic: run again, it leaves the
+same files. Each folder is a checkpoint as transformers saves it, with `golden.npz` beside it, which
+holds
 
 - `tokens`, [40] int64: a random prompt;
 - `logits`, [40, vocab] float32: the logits after each token of the prompt, computed in float32 from
@@ -199,13 +200,13 @@ VARIANTS = (
     ),
     Variant(
         "glm4_moe_lite_bf16",
-        Glm4MoeLiteConfig(**experts(**latent_heads(7))),
+        Glm4MoeLiteConfig(**experts(**latent_heads(9))),
         torch.bfloat16,
         seed=9,
     ),
     Variant(
         "glm_moe_dsa_dense_bf16",
-        GlmMoeDsaConfig(**experts(**latent_heads(5), **INDEXER, index_topk=512)),
+        GlmMoeDsaConfig(**experts(**latent_heads(11), **INDEXER, index_topk=512)),
         torch.bfloat16,
         seed=10,
     ),
@@ -213,7 +214,7 @@ VARIANTS = (
         "glm_moe_dsa_sparse_bf16",
         GlmMoeDsaConfig(
             **experts(
-                **latent_heads(5),
+                **latent_heads(11),
                 **INDEXER,
                 index_topk=12,
                 num_hidden_layers=4,
