@@ -33,8 +33,7 @@ from pyllama_kernels.latent import (
     LARGE_TILE,
     TILE,
     add_values,
-    multiply_large,
-    multiply_small,
+    multiply_q80,
 )
 from pyllama_kernels.layout import ROW_BYTES
 from pyllama_kernels.lowlevel import address_of, float32_pointer, int32_pointer
@@ -205,15 +204,7 @@ def _attend(
         for page in range(pages):
             b, c = address_of(keys[first + page]), scores_at + 4 * PAGE * page
             if kind == KEPT_Q80:
-                i = 0
-                while i < queries:
-                    tile = scratch + i * (n // 32) * ROW_BYTES
-                    if queries - i >= LARGE_TILE:
-                        multiply_large(b, tile, n // 32, c + i * row_bytes, row_bytes)
-                        i += LARGE_TILE
-                    else:
-                        multiply_small(b, tile, n // 32, c + i * row_bytes, row_bytes)
-                        i += TILE
+                multiply_q80(b, scratch, n // 32, c, row_bytes, queries)
                 continue
             if not as_kept:
                 unpack_numbers(keys[first + page], kind, page_keys)

@@ -36,11 +36,26 @@ _ONE = 0x3C00  # as float16
 _ROUNDS = 1.5 * 2.0**23  # added to a small number, it leaves no room for a fraction
 
 
-# What 16 interleaved rows are multiplied with: so many rows of activations, or queries, at a time.
-TILE, LARGE_TILE = 4, 16
-multiply_small, multiply_large = (
+TILE, LARGE_TILE = 4, 16  # queries that are multiplied with 16 interleaved rows together
+_small, _large = (
     make_tile(cpu.load(cpu.choose().name).ISA, Q80_KEYS, rows) for rows in (TILE, LARGE_TILE)
 )
+
+
+@kernel
+def multiply_q80(
+    rows: int, activations: int, blocks: int, sums: int, stride: int, queries: int
+) -> None:
+    """16 interleaved rows of Q80 times queries, large tiles first: see `matrix.make_tile`."""
+    i = 0
+    while i < queries:
+        tile, out = activations + i * blocks * ROW_BYTES, sums + i * stride
+        if queries - i >= LARGE_TILE:
+            _large(rows, tile, blocks, out, stride)
+            i += LARGE_TILE
+        else:
+            _small(rows, tile, blocks, out, stride)
+            i += TILE
 
 
 def scratch_bytes(head_dim: int, queries: int, positions: int) -> int:
@@ -220,14 +235,6 @@ def add_values(values: Any, m: int, scores: Any, queries: int, totals: Any, scra
                 carray(int32_pointer(cell + 36 * tile), (tile,))[place] = -8 * total
         for half in range(2):
             rows = scratch + (2 * block + half) * pairs * _CELL
-            i = 0
-            while i < queries:
-                activations = weights_at + i * pairs * ROW_BYTES
-                if i < stop:
-                    multiply_large(rows, activations, pairs, sums_at + 4 * PAGE * i, 4 * PAGE)
-                    i += LARGE_TILE
-                else:
-                    multiply_small(rows, activations, pairs, sums_at + 4 * PAGE * i, 4 * PAGE)
-                    i += TILE
+            multiply_q80(rows, weights_at, pairs, sums_at, 4 * PAGE, queries)
             first = 32 * block + PAGE * half
             _add_rows(sums_at, queries, address_of(totals) + 4 * first, 4 * m)

@@ -120,7 +120,9 @@ def stack(typingctx, nbytes):
     size = nbytes.literal_value
 
     def codegen(context, builder, signature, args):
-        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+        # Not `alloca_once`, which writes zeros: LLVM takes seconds over those of some KiB.
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(ir.IntType(8), size))
         room.align = 64
         return builder.ptrtoint(room, _i64)
 

@@ -1,5 +1,6 @@
 """The exchanges of a step. All nodes make them in the same order: first they send."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from pyllama_dist.errors import ProtocolError
@@ -13,6 +14,34 @@ class Slots(Protocol):
 
     def frame(self, slot: int, rows: int, head: int) -> memoryview:
         """The first rows of a slot, with `head` bytes before them."""
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Whom a node sends to and hears from in an exchange."""
+
+    own: int  # the slot that it sends
+    to: tuple[int, ...]  # nodes
+    sources: dict[int, int]  # node: the slot that it sends
+
+
+def partners(kind: SyncKind, node: int, n_nodes: int) -> Partners:
+    """One node's part in an exchange.
+
+    Args:
+        kind: who sends to whom.
+        node: whose part.
+        n_nodes: all nodes.
+    """
+    # Each node begins with the one after it, so that not all of them send to the same one.
+    others = tuple((node + i) % n_nodes for i in range(1, n_nodes))
+    match kind:
+        case SyncKind.WITH_ROOT:
+            return Partners(0, () if node else others, {0: 0} if node else {})
+        case SyncKind.NODE_SLICES:
+            return Partners(node, others, {i: i for i in others})
+        case SyncKind.NODE_SLICES_EXCEPT_ROOT:
+            return Partners(node, (0,) if node else (), {} if node else {i: i for i in others})
 
 
 class Exchange:
@@ -32,21 +61,8 @@ class Exchange:
             sync: place of the sync in the program.
         """
         self._mesh, self._pipe, self._sync = mesh, pipe, sync
-        # Each node begins with the one after it, so that not all of them send to the same one.
-        others = tuple((node + i) % n_nodes for i in range(1, n_nodes))
-        match kind:
-            case SyncKind.WITH_ROOT:
-                own, to, sources = 0, () if node else others, {0: 0} if node else {}
-            case SyncKind.NODE_SLICES:
-                own, to, sources = node, others, {i: i for i in others}
-            case SyncKind.NODE_SLICES_EXCEPT_ROOT:
-                own, to, sources = (
-                    node,
-                    (0,) if node else (),
-                    {} if node else {i: i for i in others},
-                )
-        self._own, self._to = own, to
-        self._sources: dict[int, int] = sources  # node: the slot that it sends
+        part = partners(kind, node, n_nodes)
+        self._own, self._to, self._sources = part.own, part.to, part.sources
         self._rows = 0  # that the frames below hold
         self._sent = memoryview(b"")
         self._received: dict[int, memoryview] = {}
