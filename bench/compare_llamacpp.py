@@ -11,22 +11,17 @@ only.
 
 import argparse
 import json
-import os
-import re
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 from compare_llamacpp_env import VERSION, prepare, python
-from platformdirs import user_cache_path
+from engines import CACHE, Engine, Others, Starting, result_file, running
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,92 +29,13 @@ from rich.table import Table
 from pyllama_dist.bench import machine
 from pyllama_dist.bench.measure import Test, plan_tests
 from pyllama_dist.bench.shapes import SHAPES, config_of
-from pyllama_dist.errors import NodeError, PyllamaError
+from pyllama_dist.errors import PyllamaError
 
 HERE = Path(__file__).parent
-CACHE = user_cache_path("pyllama-dist")
 ENV = CACHE / f"llamacpp-{VERSION}"
 OURS, THEIRS, THEIRS_FLASH = "pyllama-dist", "llama.cpp", "llama.cpp with flash attention"
 
 _TABLE_WIDTH = 120
-
-Answer = dict[str, Any]
-
-
-class Engine:
-    """A process that answers each line of JSON with one."""
-
-    def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self.name, self.pid = name, process.pid
-        self._process, self._log = process, log
-        self._orders, self._answers = process.stdin, process.stdout
-
-    def ask(self, **order: object) -> Answer:
-        """Sends an order and waits for the answer.
-
-        Raises:
-            NodeError: the process answers with an error, or has ended.
-        """
-        try:
-            print(json.dumps(order), file=self._orders, flush=True)
-            line = self._answers.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise NodeError(f"{self.name} ended with {self._process.wait()}: see {self._log}")
-        answer: Answer = json.loads(line)
-        if "error" in answer:
-            raise NodeError(f"{self.name}: {answer['error']}")
-        return answer
-
-    def end(self) -> None:
-        """Waits until the process, which is told no more, has ended."""
-        with suppress(BrokenPipeError):
-            self._orders.close()
-        self._process.wait()
-
-
-@contextmanager
-def running(name: str, command: list[str | Path], **environment: str) -> Iterator[Engine]:
-    """A process that ends with the context; what it prints besides answers goes to a log."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    log = CACHE / f"compare-{name}.log"
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        engine = Engine(name, process, log)
-        try:
-            yield engine
-        finally:
-            engine.end()
-
-
-class Others:
-    """How busy the cores are with what is not being measured."""
-
-    def __init__(self, engines: list[Engine]) -> None:
-        self._processes = [psutil.Process(engine.pid) for engine in engines]
-        self._start = self._now()
-
-    def cores(self) -> float:
-        """Cores that others have used since the beginning, on average."""
-        seconds, used = (now - start for now, start in zip(self._now(), self._start, strict=True))
-        return round(max(0.0, used / seconds), 3)
-
-    def _now(self) -> tuple[float, float]:
-        """The time, and CPU seconds used by others, of the machine's host too."""
-        total = psutil.cpu_times()
-        busy = sum(total[:8]) - total.idle - total.iowait  # guests are in user
-        own = sum(sum(process.cpu_times()[:4]) for process in self._processes)
-        return time.perf_counter(), busy - own
 
 
 def compare(
@@ -128,7 +44,7 @@ def compare(
     rounds: int,
     ours: Engine,
     theirs: Engine,
-    starting: Callable[[str], None],
+    starting: Starting,
 ) -> dict[str, Any]:
     """Runs a test in turns.
 
@@ -159,7 +75,7 @@ def compare(
         starting(f"{what}: warm-up, {name}")
         run(name, test.tokens if test.kind == "pp" else 1)
     for number in range(rounds):
-        rest = Others([ours, theirs])
+        rest = Others([ours.pid, theirs.pid])
         for name in names if number % 2 == 0 else reversed(names):
             starting(f"{what}: round {number + 1} of {rounds}, {name}")
             rates[name].append(run(name))
@@ -242,12 +158,6 @@ def table(report: Mapping[str, Any]) -> Table:
     return shown
 
 
-def file_name(date: datetime, cpu: str) -> str:
-    """Where results go by default, in bench/results."""
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
-    return f"{date:%Y-%m-%d}-{slug}-llamacpp.json"
-
-
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
 
@@ -283,7 +193,7 @@ def measure(
     ours: Engine,
     theirs: Engine,
     report: dict[str, Any],
-    starting: Callable[[str], None],
+    starting: Starting,
 ) -> Iterator[None]:
     """Fills the report, and yields whenever there is more in it."""
     tests = plan_tests(args.p, args.n, args.d)
@@ -322,7 +232,7 @@ def main() -> None:
             "memory_gb_per_second": {},  # by threads; measured before and after each shape
             "results": [],
         }
-        path: Path = args.o or HERE / "results" / file_name(date, str(machine.facts()["cpu"]))
+        path: Path = args.o or result_file("llamacpp")
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in measure(args, ours, theirs, report, status.update):
             path.write_text(json.dumps(report, indent=1) + "\n")

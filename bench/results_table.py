@@ -2,9 +2,9 @@
 
     python bench/results_table.py
 
-Reads the files of `pyllama-dist bench -o json` ("kind": "bench") and those of
-`bench/compare_llamacpp.py` ("kind": "llamacpp"). Where two files measured the same thing on the
-same kind of machine, the newer one counts.
+Reads the files of `pyllama-dist bench -o json` ("kind": "bench"), of `bench/compare_llamacpp.py`
+("llamacpp") and of `bench/compare_nodes.py` ("nodes"). Where two files measured the same thing on
+the same kind of machine, the newer one counts.
 """
 
 import argparse
@@ -47,9 +47,35 @@ def llamacpp_rows(file: Json) -> Iterator[tuple[Row, Row]]:
             (
                 f"{rates['pyllama-dist']:.1f}",
                 f"{rates[result['compared_with']]:.1f}",
-                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                _ratio(ratio),
             ),
         )
+
+
+def nodes_rows(file: Json) -> Iterator[tuple[Row, Row]]:
+    """The same of a comparison of layouts."""
+    for result in file["results"]:
+        layout = f"{result['nodes']} × {result['threads']}"
+        beside = f", {result['busy']} busy beside" if result["busy"] else ""
+        ratios = result["ratio_to"]
+        yield (
+            (
+                file["machine"]["cpu"],
+                file["shape"],
+                file["kernels"],
+                layout,
+                result["test"] + beside,
+            ),
+            (
+                f"{result['median']:.1f}",
+                *(_ratio(ratios[to]) for to in ("first_layout", "first_size", "alone")),
+            ),
+        )
+
+
+def _ratio(found: Json | None) -> str:
+    """Nothing, where something would be compared with itself."""
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
 
 
 KINDS: dict[str, tuple[Row, Row, Callable[[Json], Iterator[tuple[Row, Row]]]]] = {
@@ -62,6 +88,11 @@ KINDS: dict[str, tuple[Row, Row, Callable[[Json], Iterator[tuple[Row, Row]]]]] =
         ("machine", "model, Q40", "kernels", "nodes × threads", "test"),
         ("pyllama-dist, tokens/s", "llama.cpp", "ratio"),
         llamacpp_rows,
+    ),
+    "nodes": (
+        ("machine", "model, Q40", "kernels", "nodes × threads", "test"),
+        ("tokens/s", ": first layout", ": first size", ": alone"),
+        nodes_rows,
     ),
 }
 

@@ -5,25 +5,33 @@ import io
 import json
 import runpy
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pyllama_dist import cluster as cluster_module
 from pyllama_dist.bench import machine, report, serve, shapes
 from pyllama_dist.bench.measure import Bench, Run, matrix_bytes, measure, plan_tests
 from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
 from pyllama_dist.bench.random_model import RandomModel
 from pyllama_dist.bench.session import open_session
+from pyllama_dist.bench.traffic import Traffic
 from pyllama_dist.cli import main
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
+from pyllama_dist.net.transport import Address, LostError
+from pyllama_dist.net.zeromq import ZmqListener
+from pyllama_dist.net.zeromq.mesh import ZmqMesh
 from pyllama_dist.node import Spent
 from pyllama_dist.program import Batch
 from pyllama_dist.simulate import simulated_root
+from pyllama_dist.worker import serve as serve_roots
 from pyllama_kernels.bandwidth import TURN, read_bandwidth, sum_of
 from pyllama_kernels.blocks import dequantize_q40
 
@@ -42,11 +50,37 @@ TINY = {
     "attention_bias": True,
 }
 
+# A mixture of experts with GLM-5's attention, whose indexer picks when there are over 16 positions.
+TINY_EXPERTS = {
+    "model_type": "glm_moe_dsa",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.8,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 16,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """A tiny shape, and a buffer for the memory's speed that takes no time."""
-    monkeypatch.setattr(shapes, "SHAPES", {**shapes.SHAPES, "tiny": TINY})
+    """Tiny shapes, and a buffer for the memory's speed that takes no time."""
+    monkeypatch.setattr(shapes, "SHAPES", {**shapes.SHAPES, "tiny": TINY, "moe": TINY_EXPERTS})
     monkeypatch.setattr(machine, "_BUFFER", 1 << 20)
 
 
@@ -78,11 +112,11 @@ def test_shapes_weigh_what_the_models_weigh(shape, billions, gigabytes):
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match=r"'glm-5'.*glm-edge-1\.5b.*tinyllama"):
-        shapes.config_of("glm-5")
+    with pytest.raises(UsageError, match=r"'glm-9'.*glm-edge-1\.5b.*tinyllama"):
+        shapes.config_of("glm-9")
 
 
-@pytest.mark.parametrize("shape", ["glm-4-32b-0414", "tiny"])
+@pytest.mark.parametrize("shape", ["glm-4-32b-0414", "glm-4.7-flash", "tiny", "moe"])
 def test_random_tensors_have_their_shape_and_no_size(shape):
     model = RandomModel(shapes.config_of(shape))
     low, high = sys.maxsize, 0
@@ -115,8 +149,9 @@ def test_a_slice_is_a_part_of_the_whole():
     assert np.array_equal(part, whole[3:9, 18:54])
 
 
-def test_a_random_model_says_the_same_on_one_node_and_on_two():
-    config = shapes.config_of("tiny")
+@pytest.mark.parametrize("shape", ["tiny", "moe"])
+def test_a_random_model_says_the_same_on_one_node_and_on_two(shape):
+    config = shapes.config_of(shape)
     model = RandomModel(config)
     found = []
     for nodes in (1, 2):
@@ -129,6 +164,44 @@ def test_a_random_model_says_the_same_on_one_node_and_on_two():
     assert one.std() > 0.1
     assert not np.allclose(one[0], one[2])
     np.testing.assert_allclose(two, one, atol=0.02 * np.abs(one).max())
+
+
+def test_random_routers_choose_all_experts_now_and_then():
+    model = RandomModel(shapes.config_of("glm-4.7-flash"))
+    router = model.raw("layers.1.mlp.gate.weight").view(np.float32)
+    bias = model.raw("layers.1.mlp.gate.e_score_correction_bias").view(np.float32)
+    x = np.random.default_rng(1).standard_normal((1000, router.shape[1]))
+    scores = 1 / (1 + np.exp(-x @ router.T)) + bias
+    chosen = np.argsort(scores)[:, -4:]
+    times = np.bincount(chosen.reshape(-1), minlength=64)
+    assert times.min() > 20
+    assert times.max() < 150  # 62.5 on average
+
+
+def test_only_the_experts_that_are_chosen_are_read():
+    program, _ = programs(shapes.config_of("moe"), Cluster(local_workers=1, max_seq_len=16))
+    by_hand = [
+        32 * 64,  # q_a
+        2 * 64 * 32 + 2 * 64 * 32,  # q_b and k_b of 2 heads
+        (64 + 32) * 64,  # kv_a
+        2 * 32 * 64 + 64 * 2 * 32,  # v_b and o of 2 heads
+    ]
+    attention = sum(by_hand) * 18 // 32
+    dense = 3 * 64 * 64 * 18 // 32  # 2 of 3 blocks
+    experts = (3 + 1) * 3 * 64 * 32 * 18 // 32 + 4 * 16 * 64
+    head = 51 * 64 * 18 // 32
+    assert matrix_bytes(program) == 4 * attention + dense + 3 * experts + head
+
+
+def test_a_shape_can_be_cut_off_after_some_layers():
+    config = shapes.config_of("glm-5.2")
+    cut = shapes.with_layers(config, 8)
+    assert (cut.n_layers, cut.indexer.layers) == (8, config.indexer.layers[:8])
+    whole, part = (matrix_bytes(programs(c, Cluster(max_seq_len=16))[0]) for c in (config, cut))
+    layer = matrix_bytes(programs(shapes.with_layers(config, 9), Cluster(max_seq_len=16))[0]) - part
+    assert whole == part + (78 - 8) * layer
+    with pytest.raises(UsageError, match="3 layers of this shape cannot be run; choose 4 to 78"):
+        shapes.with_layers(config, 3)
 
 
 class FakeRoot:
@@ -210,6 +283,10 @@ def found():
         model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
         setting=report.Setting("portable", 2, 2, 1, "q80", 20, 32),
         results=[(Trial("pp", 10), runs), (Trial("tg", 10, 5), runs)],
+        traffic={
+            Trial("pp", 10): [Traffic(5000, 2000), Traffic(1000, 3000), Traffic(1000, 3000)],
+            Trial("tg", 10, 5): [Traffic(50, 20), Traffic(10, 25), Traffic(10, 25)],
+        },
         bytes_here=1_125_000_000,
         bandwidth=[15e9, 14e9],
         peak_bytes=[3_000_000, 2_000_000],
@@ -225,7 +302,8 @@ def test_figures_are_those_worked_out_by_hand(found):
     assert pp.stdev == pytest.approx(3.53553, abs=1e-5)  # of 10 and 5
     assert pp.compute_ms_per_token == pytest.approx(100)
     assert pp.sync_ms_per_token == pytest.approx(50)
-    assert pp.kb_moved_per_token == pytest.approx(0.5)
+    assert pp.kb_sent_per_token == pytest.approx([0.5, 0.1, 0.1])
+    assert pp.kb_received_per_token == pytest.approx([0.2, 0.3, 0.3])
     assert pp.gb_per_second is pp.memory_share is None
     assert tg.gb_per_second == pytest.approx(8.4375)
     assert tg.memory_share == pytest.approx(0.5625)
@@ -236,7 +314,8 @@ def test_the_table_has_the_figures_in_its_columns(found):
     table = report.as_markdown(found).partition("\n\n")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert {len(row) for row in rows} == {len(rows[0])}
-    tg = dict(zip(rows[0], rows[3], strict=True))
+    pp, tg = (dict(zip(rows[0], row, strict=True)) for row in rows[2:])
+    assert (pp["kB sent"], pp["kB received"]) == ("0.5, 2 × 0.1", "0.2, 2 × 0.3")
     assert tg["test"] == "tg10 @ d5"
     assert tg["t/s"] == "7.50 ± 3.54"
     assert (tg["GB/s"], tg["% of memory"]) == ("8.44", "56")
@@ -254,6 +333,8 @@ def test_csv_and_json_say_the_same(found):
         assert float(line["median"]) == test["median"]
         assert line["model"] == said["model"]
     assert [line["gb_per_second"] for line in lines] == ["", "8.4375"]
+    assert lines[0]["kb_sent_per_token"] == "0.5 0.1 0.1"
+    assert said["tests"][0]["kb_sent_per_token"] == [0.5, 0.1, 0.1]
 
 
 def test_the_memory_kernel_reads_every_word():
@@ -280,6 +361,8 @@ def test_a_server_takes_orders_one_by_one(monkeypatch, capsys):
         {"run": {"p": 0, "n": 4, "d": 16}},
         {"run": {"p": 8, "n": 8}},
         {"bandwidth": {"threads": 1}},
+        {"unload": {}},
+        {"run": {"p": 8, "n": 0, "d": 0}},
         {"dance": {}},
         {"quit": True},
         {"run": {"p": 8}},
@@ -287,8 +370,11 @@ def test_a_server_takes_orders_one_by_one(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, orders))))
     serve.main()
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["ok"] for answer in answers] == [False, True, True, True, False, True, False]
-    _, loaded, pp, tg, _, bandwidth, _ = answers
+    assert [answer["ok"] for answer in answers] == [
+        *(False, True, True, True, False, True),
+        *(True, False, False),
+    ]
+    _, loaded, pp, tg, _, bandwidth, *_ = answers
     assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
     assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
     assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
@@ -307,6 +393,65 @@ def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
     assert run.bytes_moved > 0
     assert len(now) == len(peak) == 2
     assert all(high >= low > 10e6 for high, low in zip(peak, now, strict=True))
+
+
+class OneRoot(ZmqListener):
+    """A door that closes behind the first root."""
+
+    served = False
+
+    def accept(self):
+        if self.served:
+            raise LostError("that was all", "nobody")
+        self.served = True
+        return super().accept()
+
+
+@pytest.mark.parametrize("sync", [FloatType.Q80, FloatType.F32])
+def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync):
+    """Three nodes over TCP: the meshes of all of them tell what they send and take."""
+    counts: dict[int, list[int]] = {0: [0, 0], 1: [0, 0], 2: [0, 0]}
+    greet, send, receive = ZmqMesh.greet, ZmqMesh.send, ZmqMesh.receive
+
+    def greeting(self, session, node, names, timeout):
+        self.counts = counts[node]
+        greet(self, session, node, names, timeout)
+
+    def sending(self, node, frame, timeout):
+        self.counts[0] += frame.nbytes
+        send(self, node, frame, timeout)
+
+    def receiving(self, frames, timeout):
+        for node, received in receive(self, frames, timeout):
+            self.counts[1] += received
+            yield node, received
+
+    monkeypatch.setattr(ZmqMesh, "greet", greeting)
+    monkeypatch.setattr(ZmqMesh, "send", sending)
+    monkeypatch.setattr(ZmqMesh, "receive", receiving)
+
+    def work(door):
+        with suppress(LostError):
+            serve_roots(door, 1)
+        door.close()
+
+    monkeypatch.setattr(cluster_module, "MAX_ROWS", 8)  # most batches of a prompt want no logits
+    doors = [OneRoot("127.0.0.1", 0) for _ in range(2)]
+    threads = [Thread(target=work, args=(door,), daemon=True) for door in doors]
+    for thread in threads:
+        thread.start()
+    workers = tuple(Address("127.0.0.1", door.port) for door in doors)
+    cluster = Cluster(workers=workers, n_threads=1, sync=sync, max_seq_len=64)
+    trials = [Trial("pp", 20), Trial("tg", 3, depth=20)]
+    with open_session("tiny", RandomModel(shapes.config_of("tiny")), cluster) as session:
+        runs = [session.bench.run(trial) for trial in trials]
+        found = [session.traffic(trial) for trial in trials]
+    for thread in threads:
+        thread.join(10)
+    for run, (root, *_) in zip(runs, found, strict=True):
+        assert run.bytes_moved == root.sent + root.received > 0
+    for node, (pp, tg) in enumerate(zip(*found, strict=True)):
+        assert counts[node] == [pp.sent + tg.sent, pp.received + tg.received]
 
 
 @pytest.fixture
@@ -342,6 +487,18 @@ def test_the_command_measures_a_shape(cli):
     assert len(said["load"]["before"]) == 3
 
 
+def test_the_command_measures_the_first_layers_of_a_shape(cli):
+    code, out, err = cli("--shape moe --layers 2 -p 20 -n 4 -r 1 -t 1 -o json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["model"] == "moe (2 of 4 layers)"
+    config = shapes.with_layers(shapes.config_of("moe"), 2)
+    assert said["matrix_bytes"] == matrix_bytes(programs(config, Cluster(max_seq_len=20))[0])
+    assert said["tests"][1]["gb_per_second"] == pytest.approx(
+        said["matrix_bytes"] * said["tests"][1]["median"] / 1e9
+    )
+
+
 def test_the_command_measures_a_model(cli):
     code, out, err = cli("-p 4 -n 0 -r 1 -t 1")
     assert code == 0, err
@@ -357,6 +514,8 @@ def test_the_command_measures_a_model(cli):
         ("--shape tiny -p 5,x", "'5,x' is no list of numbers"),
         ("--shape tiny -p 8 -d 60", "needs 68 positions, the context has 64"),
         ("--shape huge", "no shape 'huge'"),
+        ("--shape tiny --layers 3", "choose 1 to 2"),
+        ("--layers 3", "give one with --shape"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(cli, args, said):
@@ -398,6 +557,14 @@ def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
         assert "| A CPU | some | portable | 2 × 1 | tg10 @ d5 | 7.5 | 8.4 | 28 |" in text
         assert text.count("tg10") == 1
         assert "| A CPU | some | avx2 | 1 × 2 | tg128 | 33.0 | 30.0 | 1.10 (1.00 to 1.25) |" in text
+    nodes = {"kind": "nodes", "date": found.date, "machine": {"cpu": "A CPU"}, "shape": "some"}
+    measured = {"nodes": 2, "threads": 1, "test": "tg64", "busy": 1, "median": 5, "ratio_to": {}}
+    measured["ratio_to"] = {"alone": compared["ratio"], "first_size": None, "first_layout": None}
+    nodes |= {"kernels": "avx2", "results": [measured]}
+    (results / "n.json").write_text(json.dumps(nodes))
+    write_tables()
+    row = "| some | avx2 | 2 × 1 | tg64, 1 busy beside | 5.0 |  |  | 1.10 (1.00 to 1.25) |"
+    assert row in readme.read_text()
     readme.write_text("no place")
     with pytest.raises(SystemExit, match="<!-- results -->"):
         write_tables()

@@ -1,14 +1,14 @@
 """Runs tests as llama-bench defines them, and takes the time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from pyllama_dist.errors import UsageError
-from pyllama_dist.program import Batch, Matmul, Program
+from pyllama_dist.program import Batch, ExpertMatmul, Matmul, Op, Program
 from pyllama_dist.root import Root
 
 
@@ -92,22 +92,42 @@ class Bench:
 
     def _read(self, start: int, stop: int) -> None:
         """Positions as a prompt: in batches, with the logits of the last token."""
-        tokens = self._random.integers(0, self._vocab_size, stop - start).tolist()
-        for first in range(start, stop, self._program.max_rows):
-            last = min(first + self._program.max_rows, stop)
-            positions = tuple(range(first, last))
-            wanted = (last - first - 1,) if last == stop else ()
-            batch = Batch((0,) * len(positions), positions, wanted)
-            self._root.step(tokens[first - start : last - start], batch)
+        for batch in _prompt(start, stop, self._program.max_rows):
+            tokens = self._random.integers(0, self._vocab_size, len(batch.slots)).tolist()
+            self._root.step(tokens, batch)
         self._filled = max(self._filled, stop)
 
     def _write(self, start: int, stop: int) -> None:
         """Positions as an answer: one step for each, the most likely token next."""
         token = int(self._random.integers(self._vocab_size))
-        for position in range(start, stop):
-            logits = self._root.step([token], Batch((0,), (position,), (0,)))
+        for batch in _answer(start, stop):
+            logits = self._root.step([token], batch)
             token = int(logits[0].argmax())
         self._filled = max(self._filled, stop)
+
+
+def batches(test: Test, max_rows: int) -> Iterator[Batch]:
+    """The batches of a test's steps.
+
+    Args:
+        test: what is run.
+        max_rows: of a batch.
+    """
+    if test.kind == "pp":
+        return _prompt(test.depth, test.positions, max_rows)
+    return _answer(test.depth, test.positions)
+
+
+def _prompt(start: int, stop: int, max_rows: int) -> Iterator[Batch]:
+    for first in range(start, stop, max_rows):
+        last = min(first + max_rows, stop)
+        wanted = (last - first - 1,) if last == stop else ()
+        yield Batch((0,) * (last - first), tuple(range(first, last)), wanted)
+
+
+def _answer(start: int, stop: int) -> Iterator[Batch]:
+    for position in range(start, stop):
+        yield Batch((0,), (position,), (0,))
 
 
 def measure(
@@ -159,10 +179,18 @@ def check_fits(test: Test, seq_len: int) -> None:
 
 
 def matrix_bytes(program: Program) -> int:
-    """Bytes of the matrices that one node reads for each token.
+    """Bytes of the matrices that one node reads for each token: of experts, those that are chosen.
 
     Neither norms and biases nor the cache are counted, nor the embedding, of which a token needs
     one row.
     """
-    ops = (op for segment in program.segments for op in segment.ops)
-    return sum(op.weight.nbytes for op in ops if isinstance(op, Matmul))
+
+    def size(op: Op) -> int:
+        match op:
+            case Matmul():
+                return op.weight.nbytes
+            case ExpertMatmul():
+                return op.weight.each[0].nbytes * program.n_experts
+        return 0
+
+    return sum(size(op) for segment in program.segments for op in segment.ops)

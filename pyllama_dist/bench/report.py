@@ -5,9 +5,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from statistics import fmean, median, stdev
 
 from pyllama_dist.bench.measure import Run, Test
+from pyllama_dist.bench.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Model:
     model: str
     arch: str
     weights: str  # number format of the matrices
-    parameters: int  # of the matrices; embedding, norms and biases are not counted
+    parameters: int  # of the matrices that a token is multiplied with: of experts, those chosen
     matrix_bytes: int  # of all nodes together: what is read for each token
 
 
@@ -42,6 +44,7 @@ class Report:
     model: Model
     setting: Setting
     results: Sequence[tuple[Test, Sequence[Run]]]
+    traffic: Mapping[Test, Sequence[Traffic]]  # of one run: each node's, worked out
     bytes_here: int  # of the matrices: what the nodes on this machine read for each token
     bandwidth: Sequence[float]  # bytes per second, with the threads of these nodes
     peak_bytes: Sequence[int]  # memory of the root, and of the workers that it started
@@ -52,7 +55,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one test comes to; costs are those of the root."""
+    """What one test comes to; milliseconds are those of the root."""
 
     test: str
     p: int
@@ -66,7 +69,8 @@ class Figures:
     memory_share: float | None  # of what their threads can read
     compute_ms_per_token: float
     sync_ms_per_token: float  # waiting for others included
-    kb_moved_per_token: float  # sent and received
+    kb_sent_per_token: Sequence[float]  # of each node, the root first
+    kb_received_per_token: Sequence[float]
 
 
 def as_json(report: Report) -> str:
@@ -96,7 +100,7 @@ def as_csv(report: Report) -> str:
     common: dict[str, object] = {"date": report.date, "cpu": report.machine["cpu"]}
     common |= asdict(report.model) | asdict(report.setting)
     common["memory_gb_per_second"] = max(report.bandwidth) / 1e9
-    rows = [common | asdict(figures(report, test, runs)) for test, runs in report.results]
+    rows = [common | _flat(asdict(figures(report, *result))) for result in report.results]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -108,7 +112,7 @@ def as_markdown(report: Report) -> str:
     """A table for GitHub, and below it the facts that all its lines share."""
     model, setting, machine = report.model, report.setting, report.machine
     heading = ["model", "size", "params", "kernels", "nodes", "threads", "test", "t/s", "median"]
-    heading += ["GB/s", "% of memory", "compute ms", "sync ms", "kB moved"]
+    heading += ["GB/s", "% of memory", "compute ms", "sync ms", "kB sent", "kB received"]
     common = [
         f"{model.model} {model.weights.upper()}",
         _short(model.matrix_bytes, "MB", "GB"),
@@ -131,7 +135,8 @@ def as_markdown(report: Report) -> str:
                 "" if share is None else f"{100 * share:.0f}",
                 f"{found.compute_ms_per_token:.2f}",
                 f"{found.sync_ms_per_token:.2f}",
-                f"{found.kb_moved_per_token:.1f}",
+                _each(found.kb_sent_per_token),
+                _each(found.kb_received_per_token),
             ]
         )
     features = machine["features"]
@@ -153,6 +158,7 @@ def figures(report: Report, test: Test, runs: Sequence[Run]) -> Figures:
     """What the runs of a test come to."""
     rates = [test.tokens / run.seconds for run in runs]
     tokens = test.tokens * len(runs)
+    traffic = report.traffic[test]
     read = median(rates) * report.bytes_here if test.kind == "tg" else None
     return Figures(
         test=test.name,
@@ -167,8 +173,27 @@ def figures(report: Report, test: Test, runs: Sequence[Run]) -> Figures:
         memory_share=None if read is None else read / max(report.bandwidth),
         compute_ms_per_token=1e3 * sum(run.compute_seconds for run in runs) / tokens,
         sync_ms_per_token=1e3 * sum(run.sync_seconds for run in runs) / tokens,
-        kb_moved_per_token=sum(run.bytes_moved for run in runs) / 1e3 / tokens,
+        kb_sent_per_token=[node.sent / 1e3 / test.tokens for node in traffic],
+        kb_received_per_token=[node.received / 1e3 / test.tokens for node in traffic],
     )
+
+
+def _flat(fields: dict[str, object]) -> dict[str, object]:
+    """Lists become one cell: their numbers with a space between."""
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in fields.items()
+    }
+
+
+def _each(figures: Sequence[float]) -> str:
+    """A figure of each node, the root first; nodes in a row that have the same are told once.
+
+    >>> _each([9.25, 4.5, 4.5, 4.4]), _each([0.0])
+    ('9.2, 2 × 4.5, 4.4', '0.0')
+    """
+    runs = [(text, len(list(same))) for text, same in groupby(f"{f:.1f}" for f in figures)]
+    return ", ".join(f"{count} × {text}" if count > 1 else text for text, count in runs)
 
 
 def _short(count: int, million: str, billion: str) -> str:

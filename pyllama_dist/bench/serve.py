@@ -7,6 +7,7 @@ and so is the answer, with `"ok": true`, or `"ok": false` and what went wrong:
     {"run": {"p": 512, "n": 0, "d": 0}}      one run of pp512; nothing is warmed up before it
     {"run": {"p": 0, "n": 128, "d": 512}}    one run of tg128 at a depth of 512
     {"bandwidth": {"threads": 2}}            what so many threads read from memory
+    {"unload": {}}                           the memory is free again
     {"quit": true}
 """
 
@@ -63,6 +64,11 @@ class Server:
         """What so many threads read from memory."""
         return {"gb_per_second": machine.memory_bandwidth(threads) / 1e9}
 
+    def unload(self) -> Answer:
+        """Takes down what is loaded."""
+        self.close()
+        return {}
+
     def close(self) -> None:
         """Takes the session down."""
         self._session = None
@@ -74,6 +80,7 @@ class Server:
             "load": self.load,
             "run": self.run,
             "bandwidth": self.bandwidth,
+            "unload": self.unload,
         }
         try:
             for name, details in order.items():

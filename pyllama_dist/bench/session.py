@@ -1,16 +1,18 @@
 """Brings up what is to be measured: a model or a shape, on a cluster."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pyllama_dist.bench.measure import Bench, matrix_bytes
+from pyllama_dist.bench.measure import Bench, Test, batches, matrix_bytes
 from pyllama_dist.bench.random_model import RandomModel
 from pyllama_dist.bench.report import Model, Setting
+from pyllama_dist.bench.traffic import Traffic, traffic
 from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.executor import kernels
 from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.program import Program
+from pyllama_dist.sizes import model_sizes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Session:
     model: Model
     setting: Setting
     bytes_here: int  # of the matrices: what the nodes on this machine read for each token
+    programs: Sequence[Program]  # one for each node, the root's first
+
+    def traffic(self, test: Test) -> list[Traffic]:
+        """What each node sends and receives in one run of a test."""
+        return traffic(self.programs, batches(test, self.setting.max_rows))
 
 
 @contextmanager
@@ -43,21 +50,19 @@ def open_session(
         NodeError: a worker cannot be reached, refuses, or is lost.
     """
     config = source.config
-    sizes = [matrix_bytes(program) for program in programs(config, cluster)]
+    plans = programs(config, cluster)
+    sizes = list(map(matrix_bytes, plans))
     # Workers of this machine come right after the root.
     here = 1 + cluster.local_workers + sum(worker.is_loopback for worker in cluster.workers)
     with open_root(source, cluster, progress) as root:
         program = root.node.program
-        matrices = (t for t in source.tensors.values() if len(t.shape) > 1)
         yield Session(
             Bench(root, config.vocab_size),
             Model(
                 model=name,
                 arch=config.arch,
                 weights=config.weights.name.lower(),
-                parameters=sum(
-                    math.prod(t.shape) for t in matrices if t.name != "embed_tokens.weight"
-                ),
+                parameters=model_sizes(config).active_parameters,
                 matrix_bytes=sum(sizes),
             ),
             Setting(
@@ -70,4 +75,5 @@ def open_session(
                 max_rows=program.max_rows,
             ),
             bytes_here=sum(sizes[:here]),
+            programs=plans,
         )

@@ -17,6 +17,7 @@ from pyllama_dist.cli.options import (
     progress_bar,
 )
 from pyllama_dist.errors import UsageError
+from pyllama_dist.files import find_model
 
 if TYPE_CHECKING:
     from pyllama_dist.bench.measure import Test
@@ -48,6 +49,7 @@ _LIST: dict[str, Any] = {"callback": _sizes, "metavar": "N,N,...", "show_default
 @click.command("bench", cls=_LlamaBench)
 @cluster_options
 @option("--shape", help="Instead of --model: random weights, in the shape of glm-edge-1.5b, ...")
+@option("--layers", type=click.IntRange(min=1), help="With --shape: its first N layers only.")
 @option("--n-prompt", "-p", default="512", **_LIST, help="Tokens of prompts; 0: none.")
 @option("--n-gen", "-n", default="128", **_LIST, help="Tokens of answers; 0: none.")
 @option("--n-depth", "-d", default="0", **_LIST, help="Positions in the cache before.")
@@ -56,6 +58,7 @@ _LIST: dict[str, Any] = {"callback": _sizes, "metavar": "N,N,...", "show_default
 def command(
     model: Path | None,
     shape: str | None,
+    layers: int | None,
     n_prompt: list[int],
     n_gen: list[int],
     n_depth: list[int],
@@ -69,8 +72,11 @@ def command(
     most likely one next; "@ d4096" says how many positions the cache held before. t/s is the mean
     of the repetitions ± their standard deviation, after a warm-up that does not count. GB/s is what
     the nodes of this machine read of the matrices, and its share of what as many threads read from
-    memory in the same run. Milliseconds and kB are those of the root, for each token. -m and -t are
-    short for --model and --nthreads; an unknown --shape is answered with those that there are.
+    memory in the same run; of experts, those count that are chosen. Milliseconds are those of the
+    root, for each token; kB are those of the exchanges of each node, for each token, the root
+    first. -m and -t are short for --model and --nthreads; an unknown --shape is answered with those
+    that there are. Of a shape too large for these machines --layers takes a part, from which the
+    rest can be worked out.
     """
     from datetime import UTC, datetime
 
@@ -80,6 +86,8 @@ def command(
 
     if shape is not None and model is not None:
         raise UsageError("--shape and --model are two models; give one of them")
+    if layers is not None and shape is None:
+        raise UsageError("--layers cuts a shape; give one with --shape")
     tests = plan_tests(n_prompt, n_gen, n_depth)
     if not tests:
         raise UsageError("nothing to measure: -p or -n must be more than 0")
@@ -88,7 +96,7 @@ def command(
     cluster = replace(cluster, max_seq_len=seq_len)
     before = machine.load_average()
     with ExitStack() as stack:
-        name, source = stack.enter_context(_source(model, shape))
+        name, source = stack.enter_context(_source(model, shape, layers))
         for test in tests:
             check_fits(test, min(seq_len, source.config.max_seq_len))
         with progress_bar("weights") as progress:
@@ -105,6 +113,7 @@ def command(
         model=session.model,
         setting=session.setting,
         results=results,
+        traffic={test: session.traffic(test) for test in tests},
         bytes_here=session.bytes_here,
         bandwidth=bandwidth,
         peak_bytes=list(map(max, loaded, measured)),
@@ -118,20 +127,25 @@ def command(
 
 @contextmanager
 def _source(
-    model: Path | None, shape: str | None
+    model: Path | None, shape: str | None, layers: int | None
 ) -> Iterator[tuple[str, "ModelFile | RandomModel"]]:
     """What is to be measured, and its name."""
     from pyllama_dist.bench.random_model import RandomModel
-    from pyllama_dist.bench.shapes import config_of
+    from pyllama_dist.bench.shapes import config_of, with_layers
     from pyllama_dist.formats.model_file import ModelFile
     from pyllama_dist.models import ARCHITECTURES
 
     if shape is not None:
-        yield shape, RandomModel(config_of(shape))
+        config = config_of(shape)
+        if layers is None:
+            yield shape, RandomModel(config)
+        else:
+            name = f"{shape} ({layers} of {config.n_layers} layers)"
+            yield name, RandomModel(with_layers(config, layers))
         return
-    directory = model or BUILTIN
-    with ModelFile.open(directory / "model.m", ARCHITECTURES) as file:
-        yield directory.resolve().name, file
+    path = find_model(model or BUILTIN).resolve()
+    with ModelFile.open(path, ARCHITECTURES) as file:
+        yield path.parent.name if path.name == "model.m" else path.stem, file
 
 
 @contextmanager
