@@ -28,15 +28,17 @@ def architecture(config: Mapping[str, Any]) -> str:
     """llama.cpp's name of the graph that computes this configuration.
 
     Args:
-        config: as in Hugging Face's config.json; `model_type` is glm or glm4.
+        config: as in Hugging Face's config.json; `model_type` is one of those below.
 
     Raises:
         ValueError: another model_type.
     """
-    if config["model_type"] == "glm4":
-        return "glm4"
+    if config["model_type"] in ("glm4", "llama", "qwen3"):
+        return str(config["model_type"])
     if config["model_type"] != "glm":
-        raise ValueError(f"no GGUF for model_type {config['model_type']!r}; there are glm and glm4")
+        raise ValueError(
+            f"no GGUF for model_type {config['model_type']!r}; there are glm, glm4, llama and qwen3"
+        )
     # Its chatglm wants as many outputs of all heads as the model is wide; its llama turns whole
     # heads only. Where both can, the one is as fast as the other.
     full_rotary = config["partial_rotary_factor"] == 1.0
@@ -57,9 +59,12 @@ def tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
             yield Tensor(f"{prefix}attn_{name}.weight", (width, dim))
             if config["attention_bias"]:
                 yield Tensor(f"{prefix}attn_{name}.bias", (width,))
+        if arch == "qwen3":
+            yield Tensor(f"{prefix}attn_q_norm.weight", (config["head_dim"],))
+            yield Tensor(f"{prefix}attn_k_norm.weight", (config["head_dim"],))
         yield Tensor(f"{prefix}attn_output.weight", (dim, q_dim))
         yield Tensor(f"{prefix}ffn_norm.weight", (dim,))
-        if arch == "llama":
+        if arch in ("llama", "qwen3"):
             yield Tensor(f"{prefix}ffn_gate.weight", (ffn, dim))
             yield Tensor(f"{prefix}ffn_up.weight", (ffn, dim))
         else:
@@ -115,7 +120,8 @@ def write(path: Path, name: str, config: Mapping[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(int(config["head_dim"] * config["partial_rotary_factor"]))
+    rotary = config.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(config["head_dim"] * rotary))
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])

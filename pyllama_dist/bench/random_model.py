@@ -21,6 +21,8 @@ U8 = npt.NDArray[np.uint8]
 _STARTS = 4096  # blocks of the pool at which a tensor may begin
 # From 1024 to 23040 normed inputs a matrix then makes values of a size of 1 to 3: none overflows.
 _Q40_SCALE = 0.005
+# Routers choose by scores: with these they are far from 0 and 1, so that any expert may be chosen.
+_ROUTER_SCALE = 0.02
 
 
 class RandomModel:
@@ -36,10 +38,12 @@ class RandomModel:
         self.config = config
         self.tensors = {t.name: t for t in ARCHITECTURES[config.arch].tensors(config)}
         rng = np.random.default_rng(seed)
+        values = rng.standard_normal(self._blocks(FloatType.F32), np.float32)
         self._pools = {
-            FloatType.F32: rng.standard_normal(self._blocks(FloatType.F32), np.float32).view("u1"),
+            FloatType.F32: values.view("u1"),
             FloatType.Q40: _random_q40(self._blocks(FloatType.Q40), rng),
         }
+        self._router = (np.float32(_ROUTER_SCALE) * values).view("u1")
 
     def slice(self, name: str, rows: Span, cols: Span) -> U8:
         """Part of a tensor, [rows, bytes] uint8, in the file's format."""
@@ -50,9 +54,8 @@ class RandomModel:
         """A whole tensor, [rows, bytes] uint8, in the file's format."""
         tensor = self.tensors[name]
         block = tensor.float_type.block_bytes
-        rows_at = sliding_window_view(
-            self._pools[tensor.float_type], tensor.float_type.row_bytes(tensor.shape[-1])
-        )
+        pool = self._router if ".mlp.gate." in name else self._pools[tensor.float_type]
+        rows_at = sliding_window_view(pool, tensor.float_type.row_bytes(tensor.shape[-1]))
         start = crc32(name.encode()) % _STARTS
         return rows_at[start * block : (start + _rows(tensor)) * block : block]
 
