@@ -20,7 +20,12 @@ from pyllama_dist.program import (
     Batch,
     Buffer,
     Cache,
+    Combine,
+    Concat,
+    Dispatch,
+    ExpertMatmul,
     Gather,
+    LayerNorm,
     Matmul,
     Merge,
     Pipe,
@@ -28,7 +33,9 @@ from pyllama_dist.program import (
     Quantize,
     RmsNorm,
     Rope,
+    Route,
     Segment,
+    Select,
     SiluMul,
     Store,
     Sync,
@@ -164,6 +171,72 @@ def test_an_op_that_does_not_fit_is_refused_by_name(program, change):
     with pytest.raises(ProtocolError, match=where + change.complaint) as caught:
         check_program(change(program))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def largest_program(tiny):
+    """A worker's, with experts, latent attention and an indexer."""
+    return tiny(arch=Arch.GLM_MOE_DSA, weights=Q40).programs(3, sync=Q80)[1]
+
+
+BAD_LATER_OPS = [
+    Change(LayerNorm, {"target": "index_q"}, "differ in width"),
+    Change(LayerNorm, {"epsilon": math.nan}, "epsilon"),
+    Change(LayerNorm, {"bias": part(cols=(0, 31))}, "1 x 31"),
+    Change(Concat, {"heads": 7}, "heads are not whole"),
+    Change(Concat, {"second": "last"}, "widths differ"),
+    Change(Store, {"source": "index_k"}, "does not fill"),
+    Change(Attention, {"value_cache": "i.0"}, "caches differ"),
+    Change(Attention, {"target": "q_a"}, "not whole"),
+    Change(Attention, {"selection": "route"}, "not seq_len wide"),
+    Change(Select, {"query": "index_k"}, "heads and weights differ"),
+    Change(Select, {"weights": "y"}, "heads and weights differ"),
+    Change(Select, {"target": "y"}, "not seq_len wide"),
+    Change(Select, {"cache": "kv.0"}, "heads and weights differ"),
+    Change(Select, {"scale": math.inf}, "scale"),
+    Change(Route, {"target": "y"}, "differ in width"),
+    Change(Route, {"active": 4}, "another number of experts"),
+    Change(Route, {"groups": 3}, "groups are not whole"),
+    Change(Route, {"groups": 8}, "more experts than there are"),
+    Change(Route, {"active_groups": 5}, "more groups than there are"),
+    Change(Route, {"active_groups": 1}, "more experts than there are"),
+    Change(Route, {"scale": math.nan}, "scale"),
+    Change(Route, {"bias": part(cols=(0, 7))}, "1 x 7"),
+    Change(Dispatch, {"source": "q"}, "widths differ"),
+    Change(Dispatch, {"target": "y"}, "no rows for experts"),
+    Change(Dispatch, {"route": "scores"}, "not what the last route"),
+    Change(ExpertMatmul, {"source": "y_q80"}, "no rows for experts"),
+    Change(ExpertMatmul, {"target": "gate"}, "no rows for experts"),
+    Change(ExpertMatmul, {"target": "expert_y"}, "gate_proj.weight is"),
+    Change(ExpertMatmul, {"weight": part(count=9)}, "another number of experts"),
+    Change(ExpertMatmul, {"weight": part(tensor="same")}, "in its name"),
+    Change(ExpertMatmul, {"weight": part(cols=(0, 32))}, "x 32"),
+    Change(ExpertMatmul, {"route": "scores"}, "not what the last route"),
+    Change(Combine, {"source": "y"}, "no rows for experts"),
+    Change(Combine, {"target": "expert_y"}, "no batch rows"),
+    Change(Combine, {"route": "scores"}, "not what the last route"),
+    Change(Matmul, {"heads": 5}, "heads are not whole"),
+    Change(Quantize, {"heads": 3}, "whole blocks"),
+]
+
+
+@pytest.mark.parametrize(
+    "change", BAD_LATER_OPS, ids=lambda c: f"{c.kind.__name__}-{next(iter(c.fields))}-{c.complaint}"
+)
+def test_an_op_of_a_later_model_that_does_not_fit_is_refused(largest_program, change):
+    where = rf"segment .+, op \d+ \({change.kind.__name__}\): .*"
+    with pytest.raises(ProtocolError, match=where + change.complaint):
+        check_program(change(largest_program))
+
+
+def test_rows_for_experts_need_a_choice(largest_program):
+    """Quantizing them follows the plan that a route leaves."""
+    segments = tuple(
+        replace(segment, ops=tuple(op for op in segment.ops if not isinstance(op, Route)))
+        for segment in largest_program.segments
+    )
+    with pytest.raises(ProtocolError, match="route"):
+        check_program(replace(largest_program, segments=segments))
 
 
 def with_memory(kind, **fields):
