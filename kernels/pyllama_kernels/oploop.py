@@ -424,15 +424,18 @@ def bias(op: Any, a: int, z: int) -> Any:
 
 
 @kernel
-def open_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> None:
-    """Opens op i of the table or, if it has nothing to do, the next one that has."""
+def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tuple[int, int]:
+    """Op i of the table or, if it has nothing to do, the next one that has; and its parts.
+
+    At the end of the command there are 0 parts.
+    """
     last, parts = atomic_load(state, LAST), 0
     while i < last:
         parts = count_parts(table[i], step, n_threads)
         if parts > 0:
             break
         i += 1
-    open_op(state, i, parts)
+    return i, parts
 
 
 @kernel
@@ -456,7 +459,8 @@ def run(
     """
     if thread == 0:
         atomic_store(state, LAST, last)
-        open_next(table, first, step, state, n_threads)
+        i, parts = find_next(table, first, step, state, n_threads)
+        open_op(state, i, parts)
         atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
     while True:
         command = atomic_load(state, COMMAND)
@@ -467,9 +471,16 @@ def run(
             if part >= parts:
                 wait_for_next(state, i)
                 continue
-            run_part(table[i], step, part, parts, thread)
-            if is_last(state, parts):
-                open_next(table, i + 1, step, state, n_threads)
+            while parts > 0:
+                run_part(table[i], step, part, parts, thread)
+                if parts > 1 and not is_last(state, parts):
+                    break
+                # What has one part is done at once: to open it would only move its data about.
+                i, parts = find_next(table, i + 1, step, state, n_threads)
+                part = 0
+                if parts != 1:
+                    open_op(state, i, parts)
+                    break
         if thread == 0 or atomic_load(state, LEAVING):
             return
         wait_for_command(state, command)

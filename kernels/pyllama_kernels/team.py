@@ -1,8 +1,9 @@
 """Threads that share the work of one op after the other without leaving compiled code.
 
 The op that is being worked on is *open*: it is cut into parts, and who has nothing to do takes the
-next one. Whoever finishes the last part opens the next op. So nobody waits for a thread that the
-system has put aside, unless it holds a part; the others do its share.
+next one. Whoever finishes the last part opens the next op, or does it alone if it has one part. So
+nobody waits for a thread that the system has put aside, unless it holds a part; the others do its
+share.
 
 A team shares one int64 array, `state`. Its words lie on cache lines of their own. The main word is
 the ticket: number of the open op, its parts, and parts taken so far. It is read and counted up in

@@ -234,7 +234,7 @@ class ReferenceExecutor:
 
     def _heads(self, name: str, head_dim: int) -> F32:
         x = self._f32(name)
-        return x.reshape(len(x), -1, head_dim)
+        return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
 
     def _vector(self, weight: Weight) -> F32:
         vector: F32 = self._weight(weight).view(np.float32)[0]
