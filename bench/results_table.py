@@ -22,13 +22,18 @@ Json = dict[str, Any]
 Row = tuple[str, ...]
 
 
+def _machine(file: Json) -> str:
+    """The CPU as its maker calls it, and as LLVM does: clouds hide the first."""
+    return f"{file['machine']['cpu']} ({file['machine']['llvm_cpu']})"
+
+
 def bench_rows(file: Json) -> Iterator[tuple[Row, Row]]:
     """What a row is about, and what was found: of a file of `pyllama-dist bench`."""
     for test in file["tests"]:
         rate, share = test["gb_per_second"], test["memory_share"]
         nodes = f"{file['nodes']} × {file['threads']}"
         yield (
-            (file["machine"]["cpu"], file["model"], file["kernels"], nodes, test["test"]),
+            (_machine(file), file["model"], file["kernels"], nodes, test["test"]),
             (
                 f"{test['median']:.1f}",
                 "" if rate is None else f"{rate:.1f}",
@@ -43,7 +48,7 @@ def llamacpp_rows(file: Json) -> Iterator[tuple[Row, Row]]:
         rates, ratio = result["median"], result["ratio"]
         nodes = f"1 × {result['threads']}"
         yield (
-            (file["machine"]["cpu"], result["shape"], result["kernels"], nodes, result["test"]),
+            (_machine(file), result["shape"], result["kernels"], nodes, result["test"]),
             (
                 f"{rates['pyllama-dist']:.1f}",
                 f"{rates[result['compared_with']]:.1f}",
@@ -60,7 +65,7 @@ def nodes_rows(file: Json) -> Iterator[tuple[Row, Row]]:
         ratios = result["ratio_to"]
         yield (
             (
-                file["machine"]["cpu"],
+                _machine(file),
                 file["shape"],
                 file["kernels"],
                 layout,
