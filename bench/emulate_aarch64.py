@@ -26,7 +26,10 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-TESTS = ("test_kernels.py", "test_matrix.py", "test_attention.py", "test_halves.py")  # below tests/
+TESTS = tuple(  # below tests/
+    f"test_{name}.py"
+    for name in ("kernels", "matrix", "attention", "halves", "experts", "selection")
+)
 QUESTION, EXPECTED = "What is 17 + 25?", "42"
 SECONDS = 1800  # for one test, and for the answer; compiling takes minutes under QEMU
 
