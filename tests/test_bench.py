@@ -541,7 +541,11 @@ def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
         "compared_with": "llama.cpp fa",
         "ratio": {"median": 1.1, "min": 1, "max": 1.25},
     }
-    comparison = {"kind": "llamacpp", "date": found.date, "machine": {"cpu": "A CPU", "llvm_cpu": "zen"}}
+    comparison = {
+        "kind": "llamacpp",
+        "date": found.date,
+        "machine": {"cpu": "A CPU", "llvm_cpu": "zen"},
+    }
     comparison["results"] = [compared]
     (results / "c.json").write_text(json.dumps(comparison))
     readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
@@ -556,8 +560,16 @@ def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
         assert "old" not in text
         assert "| A CPU (zen) | some | portable | 2 × 1 | tg10 @ d5 | 7.5 | 8.4 | 28 |" in text
         assert text.count("tg10") == 1
-        assert "| A CPU (zen) | some | avx2 | 1 × 2 | tg128 | 33.0 | 30.0 | 1.10 (1.00 to 1.25) |" in text
-    nodes = {"kind": "nodes", "date": found.date, "machine": {"cpu": "A CPU", "llvm_cpu": "zen"}, "shape": "some"}
+        assert (
+            "| A CPU (zen) | some | avx2 | 1 × 2 | tg128 | 33.0 | 30.0 | 1.10 (1.00 to 1.25) |"
+            in text
+        )
+    nodes = {
+        "kind": "nodes",
+        "date": found.date,
+        "machine": {"cpu": "A CPU", "llvm_cpu": "zen"},
+        "shape": "some",
+    }
     measured = {"nodes": 2, "threads": 1, "test": "tg64", "busy": 1, "median": 5, "ratio_to": {}}
     measured["ratio_to"] = {"alone": compared["ratio"], "first_size": None, "first_layout": None}
     nodes |= {"kernels": "avx2", "results": [measured]}
