@@ -6,6 +6,8 @@ is in distributed-llama's order, so that the order is seen by the logits too.
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -484,3 +486,32 @@ def test_a_llama_with_biases_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", LLAMA, weights)
     with pytest.raises(FileError, match="qkv_bias is True, which a model file of llama cannot say"):
         convert_tiny(tmp_path / "checkpoint", "f32")
+
+
+def tokenizer_bytes() -> bytes:
+    """A `.t` file of single bytes, one merge, and two special tokens, with a chat template."""
+    template = b"<|user|>{{ messages[0].content }}<|end|>"
+    pieces = [bytes([i]) for i in range(256)] + [b"ab", b"<|user|>", b"<|end|>"]
+    pairs = {3: 257, 0: 1, 1: len(pieces), 2: 8, 7: len(template), 9: 1, 10: 0}
+    body = template + struct.pack("<i", 258)
+    for i, piece in enumerate(pieces):
+        body += struct.pack("<fI", -float(i), len(piece)) + piece
+    return struct.pack("<I", 0x567124) + header(pairs)[4:] + body
+
+
+def test_a_model_with_its_tokenizer_answers(tmp_path: Path) -> None:
+    t = replace(MODELS["qwen3"], vocab=259)
+    model, tokenizer = tmp_path / "some.m", tmp_path / "some.t"
+    model.write_bytes(file_bytes(t, random_weights(t), "q40"))
+    tokenizer.write_bytes(tokenizer_bytes())
+    command = [sys.executable, "-m", "pyllama_dist", "root", "--model", str(model)]
+    command += ["--prompt", "abc", "--steps", "9", "--temperature", "0", "--json"]
+    answers = []
+    for extra in (["--tokenizer", str(tokenizer)], ["--local-workers", "1"]):
+        found = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=120)
+        assert found.returncode == 0, found.stderr
+        answers.append(json.loads(found.stdout))
+    # The template's special tokens, and a merge in between.
+    assert all(answer["prompt_tokens"] == [257, 256, ord("c"), 258] for answer in answers)
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert 1 <= len(answers[0]["tokens"]) <= 5

@@ -124,7 +124,7 @@ def _read(path: Path) -> "GGUFReader":
         from gguf import GGUFReader
     except ImportError:
         raise FileError(
-            f"{path}: reading GGUF takes the gguf library; "
+            f"{path}: a single file is read as GGUF, which takes the gguf library; "
             f"install it with `pip install pyllama-dist[gguf]`"
         ) from None
 
