@@ -267,7 +267,7 @@ def test_a_part_that_was_taken_late_is_none():
     assert team.is_last(state, 2)
     team.open_op(state, 8, 3)
     assert team.take_part(state) == (8, 3, 0)
-    team.wait_for_next(state, 7)  # returns at once: op 7 is over
+    team.wait_for_next(state, 7, 0)  # returns at once: op 7 is over
     team.open_op(state, 9, 0)
     assert team.take_part(state)[1] == 0  # nothing is open
 

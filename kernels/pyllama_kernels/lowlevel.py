@@ -12,6 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pyllama_kernels.simd import Asm, Value
+
 _i64 = ir.IntType(64)
 
 
@@ -127,6 +129,17 @@ def stack(typingctx, nbytes):
         return builder.ptrtoint(room, _i64)
 
     return types.int64(nbytes), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Asks for the cache line at an address, to be near in the second level."""
+
+    def codegen(context, builder, signature, args):
+        Asm(builder).prefetch(Value(Asm(builder), args[0]), 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 _PAUSE = {

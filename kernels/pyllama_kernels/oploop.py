@@ -119,6 +119,7 @@ OP = np.dtype(
 N_ROWS, N_LOGITS, N_PAIRS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(9)
 STEP_WORDS = 9
 
+_FAR = 16  # ops between two matrices, at most
 _SHARES = 4  # parts for each thread of what takes long: a thread that is slow gets fewer
 _PRODUCTS = 1 << 17  # in a part of a matrix product, at least
 _NUMBERS = 1 << 12  # in a part of anything else, at least
@@ -439,6 +440,23 @@ def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tupl
 
 
 @kernel
+def next_weights(table: Any, i: int, state: Any, thread: int, n_threads: int) -> int:
+    """Where a thread will probably go on to read, or 0: a part of the next matrix from op i on.
+
+    Who finishes an op is the first to take a part of the next; who waits comes after.
+    """
+    last = min(atomic_load(state, LAST), i + _FAR)
+    while i < last:
+        op = table[i]
+        if op.code == Code.MATMUL_Q40:
+            parts = _SHARES * n_threads
+            groups = packed_rows(op.m) // GROUP
+            return op.w + groups * max(1, thread) // parts * (op.n // BLOCK) * GROUP_BYTES
+        i += 1
+    return 0
+
+
+@kernel
 def run(
     table: Any, first: int, last: int, step: Any, state: Any, thread: int, n_threads: int
 ) -> None:
@@ -469,7 +487,7 @@ def run(
             if parts == 0:
                 break
             if part >= parts:
-                wait_for_next(state, i)
+                wait_for_next(state, i, next_weights(table, i + 1, state, thread, n_threads))
                 continue
             while parts > 0:
                 run_part(table[i], step, part, parts, thread)
