@@ -280,6 +280,13 @@ def test_latent_attention(kind, heads, positions):
     np.testing.assert_array_equal(task.run(3), found)
 
 
+@pytest.mark.parametrize("heads", [1, 4, 7, 8, 9, 16, 33, 64])
+def test_latent_attention_stays_within_its_memory(heads):
+    """Values as wide as keys, and as many positions as are taken at once."""
+    task = Task(KEPT_Q80, [0], [1100], heads, heads, 0, 64, latent=64)
+    np.testing.assert_allclose(task.run(), task.plain(), atol=4e-2)
+
+
 @EVERY_KIND
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 1100), min_size=1, max_size=6, unique=True), st.booleans(), seeds)

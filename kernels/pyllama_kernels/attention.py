@@ -51,7 +51,10 @@ _SCORES = 4096  # that are worked on at a time: these stay in the first-level ca
 def scratch_bytes(head_dim: int) -> int:
     """Memory that each thread needs beside the arrays; values are no wider than keys."""
     queries = _QUERIES * ((_QUERY_BYTES + 4) * head_dim + 8)
-    turned = max(latent.scratch_bytes(head_dim, q, _positions_at_once(q)) for q in (4, _QUERIES))
+    turned = max(
+        latent.scratch_bytes(head_dim, count, _positions_at_once(count))
+        for count in range(TILE, _QUERIES + 1, TILE)
+    )
     return queries + 4 * (PAGE * head_dim + _SCORES) + turned
 
 

@@ -159,7 +159,7 @@ def glm_experts(f: Fields, dense_layers: int) -> Experts:
     if f.has("first_k_dense_replace"):
         dense_layers = f.integer("first_k_dense_replace", 1024, low=0)
     n_layers = f.integer("num_hidden_layers", 1024)
-    experts = Experts(
+    return Experts(
         count=f.integer("n_routed_experts", 4096),
         active=f.integer("num_experts_per_tok", 256),
         ffn_dim=ffn_dim,
@@ -172,27 +172,6 @@ def glm_experts(f: Fields, dense_layers: int) -> Experts:
         normalize=f.flag("norm_topk_prob", True),
         scale=float(f.number("routed_scaling_factor", 0, 1e6)),
     )
-    check_experts(experts)
-    return experts
-
-
-def check_experts(e: Experts) -> None:
-    """Refuses numbers of experts that contradict each other.
-
-    Raises:
-        FileError: more are chosen than there are, or groups are not whole.
-    """
-    if (
-        e.count % e.groups
-        or e.active_groups > e.groups
-        or (e.groups > 1 and e.count < 2 * e.groups)
-    ):
-        raise FileError(
-            f"config.json: {e.active_groups} of {e.groups} groups of {e.count} experts is "
-            f"impossible; is the file complete?"
-        )
-    if e.active > e.active_groups * (e.count // e.groups):
-        raise FileError(f"config.json: {e.active} of {e.count} experts are chosen: too many")
 
 
 def _dense_layers(f: Fields, default: int, n_layers: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pyllama_dist.config import Arch, Experts, FloatType, ModelConfig, Pairs, Scoring, Tensor
-from pyllama_dist.models.fields import Fields, check_experts, common_config
+from pyllama_dist.models.fields import Fields, common_config
 from pyllama_dist.models.layers import Layers
 from pyllama_dist.models.plan import Plan
 from pyllama_dist.models.tensors import model_tensors
@@ -40,7 +40,6 @@ def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
         normalize=fields.flag("norm_topk_prob"),
         scale=1.0,
     )
-    check_experts(experts)
     config = common_config(fields, weights, rotary=1.0, pairs=Pairs.HALVES)
     return replace(config, qk_norm=True, experts=experts)
 
