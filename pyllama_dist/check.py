@@ -39,8 +39,11 @@ from pyllama_dist.program import (
 )
 
 MAX_SEGMENTS, MAX_OPS, MAX_SYNCS, MAX_MEMORY = 4096, 65536, 4096, 8192
+MAX_HEAD = 1 << 16  # numbers in a head that is kept
 MAX_EXPERTS = 256  # for each row
 MAX_ROUTED = 4096  # that a row is chosen from
+MAX_WEIGHTS = 1 << 20  # of experts: each is a matrix of its own
+MAX_ROWS = 1 << 16  # some ops have a part for each row, and a team counts parts in 20 bits
 
 MAX_PIPE_BYTES = 63 << 20  # of a slot: it travels as one frame, and those end at 64 MiB
 
@@ -55,10 +58,15 @@ def check_program(program: Program) -> None:
         raise ProtocolError(f"node {program.node} of {program.n_nodes} nodes")
     if program.n_experts > MAX_EXPERTS:
         raise ProtocolError(f"{program.n_experts} experts for each row, at most {MAX_EXPERTS}")
+    if program.max_rows > MAX_ROWS:
+        raise ProtocolError(f"{program.max_rows} rows, at most {MAX_ROWS}")
     if len(program.segments) > MAX_SEGMENTS:
         raise ProtocolError(f"{len(program.segments)} segments, at most {MAX_SEGMENTS}")
     if sum(len(segment.ops) for segment in program.segments) > MAX_OPS:
         raise ProtocolError(f"more than {MAX_OPS} ops")
+    ops = (op for segment in program.segments for op in segment.ops)
+    if sum(op.weight.count for op in ops if isinstance(op, ExpertMatmul)) > MAX_WEIGHTS:
+        raise ProtocolError(f"more than {MAX_WEIGHTS} weights of experts")
     if sum(len(segment.syncs) for segment in program.segments) > MAX_SYNCS:
         raise ProtocolError(f"more than {MAX_SYNCS} syncs")
     names = [pipe.name for pipe in program.pipes]
@@ -71,6 +79,8 @@ def check_program(program: Program) -> None:
     for pipe in program.pipes:
         if len(pipe.widths) not in (1, program.n_nodes):
             raise ProtocolError(f"pipe {pipe.name} has {len(pipe.widths)} slots")
+        if pipe.rows == "experts":
+            raise ProtocolError(f"pipe {pipe.name} has rows for experts, which no node exchanges")
         _blocks(pipe.name, pipe.float_type, *pipe.widths)
         rows = program.rows_of(pipe.rows)
         if rows * pipe.float_type.row_bytes(max(pipe.widths)) > MAX_PIPE_BYTES:
@@ -82,14 +92,16 @@ def check_program(program: Program) -> None:
             raise ProtocolError(
                 f"{cache.name} is {cache.float_type.name}; caches are F32, F16, Q80"
             )
+        if cache.head_dim > MAX_HEAD:  # attention's scratch grows with it
+            raise ProtocolError(f"{cache.name} has heads of {cache.head_dim}, at most {MAX_HEAD}")
         if cache.head_dim % cache.float_type.block:
             raise ProtocolError(f"{cache.name} is not whole blocks of {cache.float_type.block}")
-    ops = _OpCheck(program)
+    checks = _OpCheck(program)
     pipes = {pipe.name: pipe for pipe in program.pipes}
     for segment in program.segments:
         for i, op in enumerate(segment.ops):
             try:
-                ops.check(op)
+                checks.check(op)
             except ProtocolError as error:
                 kind = type(op).__name__
                 raise ProtocolError(f"segment {segment.name}, op {i} ({kind}): {error}") from None
@@ -329,6 +341,7 @@ class _OpCheck:
         keys = self.cache(op.cache)
         _require(keys.kv_heads == 1, "more than one key head")
         _require(isinstance(self.find(op.query), Buffer), "a query must be a buffer")
+        _require(isinstance(self.find(op.weights), Buffer), "weights of heads must be a buffer")
         _require(
             self.f32(op.query) == self.f32(op.weights) * keys.head_dim, "heads and weights differ"
         )

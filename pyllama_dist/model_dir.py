@@ -17,8 +17,9 @@ class ModelPaths:
 
     Attributes:
         model: the `.m` file.
-        directory: where `generation_config.json` and `chat_template.jinja` may be.
-        tokenizer: `tokenizer.json`, or a `.t` file of distributed-llama.
+        directory: of the model; its `generation_config.json` says how to sample.
+        tokenizer: `tokenizer.json`, with a chat template beside it, or a `.t` file of
+            distributed-llama, which has one in it.
     """
 
     model: Path

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist import __version__
-from pyllama_dist.check import check_batch
+from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
 from pyllama_dist.net.frames import MAX_RAW
@@ -98,6 +98,7 @@ class Root:
         self._mesh: Mesh | None = None
         self._number = 0
         self._phase = Phase.HELLO
+        check_program(programs[0])  # our own: compiled ops trust whatever they get
         self._executor = make_executor(programs[0], n_threads)
         try:
             if workers:

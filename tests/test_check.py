@@ -24,6 +24,7 @@ from pyllama_dist.program import (
     Concat,
     Dispatch,
     ExpertMatmul,
+    ExpertWeight,
     Gather,
     LayerNorm,
     Matmul,
@@ -191,6 +192,7 @@ BAD_LATER_OPS = [
     Change(Attention, {"selection": "route"}, "not seq_len wide"),
     Change(Select, {"query": "index_k"}, "heads and weights differ"),
     Change(Select, {"weights": "y"}, "heads and weights differ"),
+    Change(Select, {"weights": "x"}, "must be a buffer"),
     Change(Select, {"target": "y"}, "not seq_len wide"),
     Change(Select, {"cache": "kv.0"}, "heads and weights differ"),
     Change(Select, {"scale": math.inf}, "scale"),
@@ -257,6 +259,9 @@ def with_sync(**fields):
     return change
 
 
+MANY_EXPERTS = ExpertMatmul(
+    "y", "route", "y", ExpertWeight("experts.{}.weight", 4096, F32, (0, 0), (0, 0))
+)
 BAD_PROGRAMS = {
     "node 3 of 3 nodes": lambda p: replace(p, node=3),
     "node 1 of 257 nodes": lambda p: replace(p, n_nodes=257),
@@ -264,6 +269,12 @@ BAD_PROGRAMS = {
     "segments, at most": lambda p: replace(p, segments=(Segment("idle"),) * 4097),
     "more than 65536 ops": lambda p: replace(
         p, segments=(Segment("long", (Add("y", "y"),) * 65537),)
+    ),
+    "heads of 65568, at most": with_memory("caches", head_dim=65568),
+    "65537 rows, at most": lambda p: replace(p, max_rows=65537),
+    "weights of experts": lambda p: replace(p, segments=(Segment("many", (MANY_EXPERTS,) * 257),)),
+    "pipe extra has rows for experts": lambda p: replace(
+        p, pipes=(*p.pipes, Pipe("extra", F32, (32,), rows="experts"))
     ),
     "same name": lambda p: replace(p, buffers=(*p.buffers, p.buffers[0])),
     "have the same name": lambda p: replace(p, caches=(Cache("y", F32, 1, 1), *p.caches)),

@@ -298,6 +298,7 @@ def test_missing_text_files_are_reported(checkpoint: Path, tmp_path: Path) -> No
         ({"intermediate_size": 48}, "gate_up_proj.weight is [192, 64], config.json says [96, 64]"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.self_attn.q_proj.weight is missing"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"attention_bias": "no"}, "attention_bias is 'no', expected true or false"),
         ({"rope_parameters": {"partial_rotary_factor": 0.45}}, "rotary dim is 7"),
         ({"eos_token_id": ["<eos>"]}, "eos_token_id is ['<eos>']"),
     ],
@@ -307,6 +308,15 @@ def test_bad_configs_are_refused(
 ) -> None:
     edit_config(checkpoint, **fields)
     assert reason in refusal(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "kinds", [[[], "full", "full", "full"], ["full", "shared"], "full", [None] * 4]
+)
+def test_bad_lists_of_indexers_are_refused(kinds: object) -> None:
+    hf = json.loads((GOLDEN / "glm_moe_dsa_sparse_bf16" / "config.json").read_text())
+    with pytest.raises(FileError, match="expected full or shared, 4 times"):
+        CHECKPOINTS["glm_moe_dsa"].config_from_hf(hf | {"indexer_types": kinds}, FloatType.Q40)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000])

@@ -460,6 +460,8 @@ def test_truncated_and_too_long_files_are_refused(model_path: Path, tmp_path: Pa
         (raw_header(LITE_PAIRS | {113: 0}), "key 113 (QK_NOPE_HEAD_DIM) is 0"),
         (raw_header(LITE_PAIRS | {114: 15}), "rotary dim is 15"),
         (raw_header(LITE_PAIRS | {114: 0}), "key 114 (QK_ROPE_HEAD_DIM) is 0"),
+        (raw_header(LITE_PAIRS | {112: 72}), "latent vectors of 72 and value heads of 32"),
+        (raw_header(LITE_PAIRS | {115: 24}), "latent vectors of 96 and value heads of 24"),
         (raw_header(LITE_PAIRS | {115: 4097}), "key 115 (V_HEAD_DIM) is 4097"),
         (raw_header(LITE_PAIRS | {116: 0x7F800000}), "norm epsilon of latent vectors is inf"),
         (raw_header(LITE_PAIRS | {117: 2}), "key 117 (INDEX_N_HEADS) has no meaning"),

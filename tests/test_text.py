@@ -186,6 +186,19 @@ def test_raw_prompt_has_the_prefix_once(
     assert sentencepiece.encode_raw("the dog") == sentencepiece.encode("the dog")
 
 
+@pytest.mark.parametrize("part", [5, "[gMASK]", {"SpecialToken": "[gMASK]"}, {"Sequence": {}}])
+def test_what_is_no_special_token_ends_the_prefix(
+    model_dir: Path, tmp_path: Path, part: object
+) -> None:
+    """The library never sees this part of the file, so nothing says that it is sound."""
+    fields = json.loads((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    first = {"SpecialToken": {"id": "[gMASK]", "type_id": 0}}
+    fields["post_processor"]["single"] = [first, part, first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+    tokenizer = Tokenizer.open(tmp_path)
+    assert tokenizer.prefix == (tokenizer.added["[gMASK]"].id,)
+
+
 @pytest.mark.parametrize(
     ("given_text", "kept"), [("a\udce4b", "a\ufffdb"), ("\ud83d", "\ufffd"), ("\ud83d\ude00", "😀")]
 )

@@ -108,6 +108,7 @@ def _from_path(path: Path) -> _Subject:
 def _from_fields(name: str, fields: Mapping[str, object]) -> _Subject:
     """What `convert` would make of a `config.json`."""
     from pyllama_dist.config import FloatType
+    from pyllama_dist.formats import header
     from pyllama_dist.formats.model_file import tensor_bytes
     from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 
@@ -120,10 +121,12 @@ def _from_fields(name: str, fields: Mapping[str, object]) -> _Subject:
         )
     try:
         config = known.config_from_hf(fields, FloatType.Q40)
+        header.encode(config)
+    except (FileError, ValueError) as error:
+        raise FileError(f"{name}: {error}") from None
+    try:
         for tensor in ARCHITECTURES[config.arch].tensors(config):
             tensor_bytes(tensor)
-    except FileError as error:
-        raise FileError(f"{name}: {error}") from None
     except ValueError as error:
         raise FileError(f"{name}: {error}; convert the checkpoint with --weights f32") from None
     return _Subject(name, config, tied=bool(fields.get("tie_word_embeddings")))

@@ -173,6 +173,7 @@ def _config(
         said = architecture.config_from_hf(checkpoint.config, weights)
     except FileError as error:
         raise FileError(f"{checkpoint.path}: {error}") from None
+    _header(said, checkpoint.path)  # before tensors are listed: a wrong file may ask for millions
     with_bias, without_bias = (
         {
             name
@@ -228,12 +229,17 @@ def _check_shapes(tensors: list[Tensor], checkpoint: AnyCheckpoint) -> None:
             )
 
 
-def _model_bytes(config: ModelConfig, tensors: list[Tensor], checkpoint_dir: Path) -> int:
-    """Size of `model.m`; checks at the same time that the format can hold it."""
+def _header(config: ModelConfig, checkpoint_dir: Path) -> bytes:
+    """The header of `model.m`, which also checks that the configuration makes sense."""
     try:
-        start = header.encode(config)
+        return header.encode(config)
     except ValueError as error:
         raise FileError(f"{_config_file(checkpoint_dir)}: {error}") from None
+
+
+def _model_bytes(config: ModelConfig, tensors: list[Tensor], checkpoint_dir: Path) -> int:
+    """Size of `model.m`; checks at the same time that the format can hold it."""
+    start = _header(config, checkpoint_dir)
     try:
         return len(start) + sum(tensor_bytes(tensor) for tensor in tensors)
     except ValueError as error:

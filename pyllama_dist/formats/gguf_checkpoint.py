@@ -225,7 +225,7 @@ def _parts(
 ) -> Iterator[tuple[str, _Part]]:
     """What is in a tensor, under Hugging Face's names; q, k, v or all experts may share one."""
     shape = tuple(map(int, reversed(tensor.shape)))
-    if not shape or (len(shape) == 1 and tensor.data.shape != shape):
+    if not shape or 0 in shape or (len(shape) == 1 and tensor.data.shape != shape):
         raise file.damaged(f"tensor {tensor.name} is a {tensor.tensor_type.name} of {list(shape)}")
     flat = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else shape
     found = _IN_LAYER.fullmatch(tensor.name)

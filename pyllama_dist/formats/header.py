@@ -212,6 +212,7 @@ def _check(c: ModelConfig) -> None:
         _check_experts(c.experts, c.n_layers)
     if c.latent is not None:
         _check_number("norm epsilon of latent vectors", c.latent.norm_epsilon, 0, 1)
+        _check_latent(c.latent)
     if c.indexer is not None:
         _check_indexer(c.indexer, c.n_layers)
 
@@ -226,6 +227,15 @@ def _check_scaling(s: RopeScaling) -> None:
         raise ValueError(
             f"rope scaling between frequency factors {s.low_freq_factor:g} and "
             f"{s.high_freq_factor:g} of {s.original_max_seq_len} positions is impossible"
+        )
+
+
+def _check_latent(latent: Latent) -> None:
+    """Kernels take both in vectors of 16, and each head's matrix in groups of 16 rows."""
+    if latent.kv_rank % 16 or latent.value_dim % 16:
+        raise _UnsupportedError(
+            f"latent vectors of {latent.kv_rank} and value heads of {latent.value_dim} numbers, "
+            f"only multiples of 16 are implemented"
         )
 
 

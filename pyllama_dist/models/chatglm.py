@@ -59,9 +59,8 @@ def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
         if not theirs.has(name):
             raise FileError(f"config.json: {name} is missing; is the file complete?")
     values = {ours: hf[name] for name, ours in _FIELDS.items()}
-    values["num_key_value_heads"] = hf.get(
-        "multi_query_group_num" if hf.get("multi_query_attention") else "num_attention_heads"
-    )
+    groups = "multi_query_group_num" if hf.get("multi_query_attention") else "num_attention_heads"
+    values["num_key_value_heads"] = theirs.integer(groups, 4096)
     ratio = theirs.number("rope_ratio", 1e-6, 1e6) if theirs.has("rope_ratio") else 1
     values["rope_theta"] = _THETA * ratio
     return common_config(Fields(Arch.GLM, values), weights, rotary=0.5, pairs=Pairs.ADJACENT)

@@ -67,8 +67,15 @@ class Fields:
         return int(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
-        return bool(self.values.get(key, default))
+        """True or false; null is false.
+
+        Raises:
+            FileError: it is something else.
+        """
+        value = self.values.get(key, default)
+        if not isinstance(value, bool | None):
+            raise FileError(f"config.json: {key} is {value!r}, expected true or false")
+        return bool(value)
 
     def refuse(self, inert: Mapping[str, tuple[object, ...]]) -> None:
         """Refuses fields that ask for what is not implemented.
@@ -101,9 +108,7 @@ def common_config(
     """
     f.refuse(_INERT)
     dim, n_heads = f.integer("hidden_size"), f.integer("num_attention_heads", 4096)
-    n_kv_heads = (
-        f.integer("num_key_value_heads", 4096) if "num_key_value_heads" in f.values else n_heads
-    )
+    n_kv_heads = f.integer("num_key_value_heads", 4096) if f.has("num_key_value_heads") else n_heads
     head_dim = f.integer("head_dim", 4096) if f.has("head_dim") else dim // n_heads
     if n_heads % n_kv_heads:
         raise FileError(

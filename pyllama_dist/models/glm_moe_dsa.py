@@ -53,7 +53,8 @@ def _indexed_layers(f: Fields, n_layers: int) -> tuple[bool, ...]:
         key = "index_skip_topk_offset"
         offset = f.integer(key, 1024, low=0) if f.has(key) else 2
         return tuple(max(layer - offset + 1, 0) % every == 0 for layer in range(n_layers))
-    if not isinstance(kinds, list) or len(kinds) != n_layers or set(kinds) - {"full", "shared"}:
+    known = isinstance(kinds, list) and all(kind in ("full", "shared") for kind in kinds)
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not known:
         raise FileError(
             f"config.json: indexer_types is {kinds!r}, expected full or shared, {n_layers} times"
         )

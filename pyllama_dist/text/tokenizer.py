@@ -1,9 +1,8 @@
 """The checkpoint's own tokenizer, through the tokenizers library."""
 
-import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,10 +201,20 @@ def _prefix(post_processor: object, ids: Mapping[str, int]) -> list[int]:
         case {"type": "Sequence", "processors": [*parts]}:
             return next(filter(None, (_prefix(part, ids) for part in parts)), [])
         case {"type": "TemplateProcessing", "single": [{"SpecialToken": _}, *_] as parts}:
-            start = itertools.takewhile(lambda part: "SpecialToken" in part, parts)
-            return [id for part in start if (id := ids.get(part["SpecialToken"]["id"])) is not None]
+            return list(_first_ids(parts, ids))
     known = [ids[text] for text in PREFIX_STRINGS if text in ids]
     return known if len(known) == len(PREFIX_STRINGS) else []
+
+
+def _first_ids(parts: Iterable[object], ids: Mapping[str, int]) -> Iterator[int]:
+    """Ids of the special tokens that a template has before any text."""
+    for part in parts:
+        match part:
+            case {"SpecialToken": {"id": str(text)}}:
+                if text in ids:
+                    yield ids[text]
+            case _:
+                return
 
 
 def _added_tokens(value: object, path: Path) -> list[AddedToken]:
