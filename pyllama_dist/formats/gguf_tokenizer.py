@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import one_line
 from pyllama_dist.formats.gguf_file import GgufFile
+from pyllama_dist.formats.piece_merges import piece_merges
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -168,7 +169,7 @@ def _sentencepiece(
     library = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges({text: scores[token] for text, token in normal.items()}),
+            merges=piece_merges({text: scores[token] for text, token in normal.items()}),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -183,17 +184,6 @@ def _sentencepiece(
         + [decoders.Strip(" ", 1, 0)] * spaced
     )
     return library
-
-
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece model stands for: all that make a piece, best score first."""
-    best_first = sorted(scores, key=lambda piece: -scores[piece])
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in best_first
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
 
 
 def _add(

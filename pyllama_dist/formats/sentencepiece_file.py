@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import one_line
+from pyllama_dist.formats.piece_merges import piece_merges
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -74,7 +75,7 @@ def _library(model: Any, special: tuple[str, ...]) -> "Library":
     library = Tokenizer(
         models.BPE(
             vocab={piece.piece: id for id, piece in enumerate(model.pieces)},
-            merges=_merges({p.piece: p.score for p in model.pieces if p.type == _NORMAL}),
+            merges=piece_merges({p.piece: p.score for p in model.pieces if p.type == _NORMAL}),
             unk_token=unknown[0] if unknown else None,
             fuse_unk=True,
             byte_fallback=bool(of_type(_BYTE)),
@@ -115,16 +116,6 @@ def _normalizer(spec: Any) -> "Normalizer":
         steps.append(normalizers.Prepend(" "))
     steps.append(normalizers.Replace(" ", _SPACE))
     return normalizers.Sequence(steps)
-
-
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, the best score first."""
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(scores, key=lambda piece: -scores[piece])
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
 
 
 def _escaped(text: str) -> str:

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 
 from pyllama_dist.config import Arch, FloatType, ModelConfig, Tensor
 from pyllama_dist.models.fields import Fields, glm_experts, latent_config
-from pyllama_dist.models.layers import Layers
-from pyllama_dist.models.plan import Plan
-from pyllama_dist.models.tensors import model_tensors
-from pyllama_dist.program import Program
-
-NORMS = ("input_layernorm", "post_attention_layernorm")
+from pyllama_dist.models.layers import build_pre_norm
+from pyllama_dist.models.tensors import PRE_NORMS, model_tensors
 
 
 def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
@@ -23,10 +19,7 @@ def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
 
 def tensors(c: ModelConfig) -> list[Tensor]:
     """The tensors of a `.m` file, in their order."""
-    return model_tensors(c, norms=NORMS)
+    return model_tensors(c, norms=PRE_NORMS)
 
 
-def build(c: ModelConfig, plan: Plan, node: int) -> Program:
-    """The program of one node."""
-    layers = Layers(c, plan, node)
-    return layers.program(layers.pre_norm())
+build = build_pre_norm

@@ -397,6 +397,12 @@ class Layers:
         return ExpertWeight(f"{tensor}.weight", experts.count, self.c.weights, rows, cols)
 
 
+def build_pre_norm(c: ModelConfig, plan: Plan, node: int) -> Program:
+    """The program of one node of a model whose layers have a norm before each half."""
+    layers = Layers(c, plan, node)
+    return layers.program(layers.pre_norm())
+
+
 _INDEX_EPSILON = 1e-6  # of the LayerNorm of an indexer's keys: a constant of modeling_glm_moe_dsa
 
 

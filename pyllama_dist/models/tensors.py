@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 from pyllama_dist.config import Experts, FloatType, Indexer, Latent, ModelConfig, Order, Tensor
 
+# Norms of a layer that has one before each half; the second is that of the FFN, whatever its name.
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+
 
 def model_tensors(
     c: ModelConfig, norms: tuple[str, ...], *, fused: bool = False, order: Order = Order.SAME
