@@ -473,7 +473,7 @@ def test_an_exchange_of_another_step_is_refused(talk):
     talk.channel.send(Step(1, Batch((0,), (0,), ())))
     frame = bytearray(16 + 256)
     write_head(memoryview(frame), 2, 0)
-    talk.mesh.send(1, memoryview(frame), 10)
+    talk.mesh.exchange([1], memoryview(frame), {}, 10)
     error, _ = talk.channel.receive(10)
     assert isinstance(error, Error)
     assert "expected step 1 sync 0, received step 2 sync 0 (after start)" in error.message

@@ -1,4 +1,4 @@
-"""How a node waits for frames: awake for a bounded time, unless others want its core."""
+"""How a node waits for frames: awake for a bounded time, in which others may have its core."""
 
 import threading
 import time
@@ -8,7 +8,6 @@ import zmq
 
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.net.zeromq import mesh as mesh_module
-from pyllama_dist.net.zeromq import sockets
 from pyllama_dist.net.zeromq.mesh import ZmqMesh
 
 pytestmark = pytest.mark.timeout(30)
@@ -33,9 +32,14 @@ def pair():
     context.destroy(linger=0)
 
 
+def send(mesh, node):
+    assert mesh.exchange([node], memoryview(FRAME), {}, 10.0) == []
+
+
 def receive(mesh, node, timeout=10.0):
     memory = bytearray(len(FRAME))
-    assert list(mesh.receive({node: memoryview(memory)}, timeout)) == [(node, len(FRAME))]
+    found = mesh.exchange([], memoryview(b""), {node: memoryview(memory)}, timeout)
+    assert found == [(node, len(FRAME))]
     return bytes(memory)
 
 
@@ -58,11 +62,10 @@ def test_a_frame_that_comes_soon_is_met_awake(pair, monkeypatch):
     def give_way():
         looks.append(None)
         if len(looks) == 3:
-            high.send(0, memoryview(FRAME), 10)
+            send(high, 0)
 
-    monkeypatch.setattr(sockets, "_SPIN", 30.0)
-    monkeypatch.setattr(sockets, "_TAKEN", 30.0)
-    monkeypatch.setattr(sockets, "_yield_core", give_way)
+    monkeypatch.setattr(mesh_module, "SPIN", 30.0)
+    monkeypatch.setattr(mesh_module, "yield_core", give_way)
     naps = watch(monkeypatch, mesh_module, "poll")
     assert receive(low, 1) == FRAME
     assert len(looks) >= 3
@@ -71,13 +74,12 @@ def test_a_frame_that_comes_soon_is_met_awake(pair, monkeypatch):
 
 def test_a_frame_that_comes_late_is_met_asleep(pair, monkeypatch):
     low, high = pair
-    monkeypatch.setattr(sockets, "_TAKEN", 30.0)
     naps, sleep = [], mesh_module.poll
 
     def sent_meanwhile(watched, deadline):
         naps.append(None)
         if len(naps) == 1:
-            high.send(0, memoryview(FRAME), 10)
+            send(high, 0)
         return sleep(watched, deadline)
 
     monkeypatch.setattr(mesh_module, "poll", sent_meanwhile)
@@ -85,24 +87,22 @@ def test_a_frame_that_comes_late_is_met_asleep(pair, monkeypatch):
     assert naps
 
 
+def test_a_core_that_others_take_is_not_asked_for_again(pair, monkeypatch):
+    low, high = pair
+    offers = []
+
+    def taken():
+        offers.append(None)
+        time.sleep(2 * mesh_module.SPIN)
+
+    monkeypatch.setattr(mesh_module, "yield_core", taken)
+    late = threading.Timer(0.05, send, (high, 0))
+    late.start()
+    assert receive(low, 1) == FRAME
+    late.join()
+    assert len(offers) == 1
+
+
 def test_a_frame_that_never_comes_is_a_deadline(pair):
     with pytest.raises(LostError, match="lost high: sent nothing"):
         receive(pair[0], 1, timeout=0.01)
-
-
-def test_a_core_that_others_want_is_left_to_them(pair, monkeypatch):
-    low, high = pair
-    monkeypatch.setattr(sockets, "_SPIN", 30.0)
-    monkeypatch.setattr(sockets, "_TAKEN", 0.0005)
-    monkeypatch.setattr(sockets, "_REST", 3)
-    monkeypatch.setattr(sockets, "_yield_core", lambda: time.sleep(0.001))
-    offers = watch(monkeypatch, sockets, "_yield_core")
-    counts = []
-    for _ in range(6):
-        late = threading.Timer(0.05, high.send, (0, memoryview(FRAME), 10))
-        late.start()
-        assert receive(low, 1) == FRAME
-        late.join()
-        counts.append(len(offers))
-    # Offered once and taken; three waits without an offer; then the same again.
-    assert counts == [1, 1, 1, 1, 2, 2]

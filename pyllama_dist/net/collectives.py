@@ -86,19 +86,15 @@ class Exchange:
             return 0
         if rows != self._rows:
             self._cut(rows)
-        moved = 0
         if self._to:
             write_head(self._sent, step, self._sync)
-            for other in self._to:
-                self._mesh.send(other, self._sent, timeout)
-            moved += len(self._to) * len(self._sent)
-        if self._received:
-            for other, received in self._mesh.receive(self._received, timeout):
-                try:
-                    check_head(self._received[other], received, step, self._sync)
-                except ProtocolError as error:
-                    raise ProtocolError(f"node {other}: {error}") from None
-                moved += received
+        moved = len(self._to) * len(self._sent)
+        for other, received in self._mesh.exchange(self._to, self._sent, self._received, timeout):
+            try:
+                check_head(self._received[other], received, step, self._sync)
+            except ProtocolError as error:
+                raise ProtocolError(f"node {other}: {error}") from None
+            moved += received
         return moved
 
     def _cut(self, rows: int) -> None:

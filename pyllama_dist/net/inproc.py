@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net import frames as wire
@@ -191,21 +191,24 @@ class InprocMesh:
             if wire.decode(frames[0]) != Link(session, peer):
                 raise ProtocolError(f"a stranger spoke for {names[peer]}")
 
-    def send(self, node: int, frame: memoryview, timeout: float) -> None:
+    def exchange(
+        self,
+        to: Sequence[int],
+        frame: memoryview,
+        frames: Mapping[int, memoryview],
+        timeout: float,
+    ) -> list[tuple[int, int]]:
         """See `Mesh`."""
-        self._peers[node]._inbox.put(self._node, (bytes(frame),))
-
-    def receive(
-        self, frames: Mapping[int, memoryview], timeout: float
-    ) -> Iterator[tuple[int, int]]:
-        """See `Mesh`."""
+        for node in to:
+            self._peers[node]._inbox.put(self._node, (bytes(frame),))
         deadline = time.monotonic() + timeout
-        pending = set(frames)
+        pending, found = set(frames), []
         while pending:
             node, (data,) = self._next(pending, deadline, timeout)
             pending.discard(node)
             frames[node][: len(data)] = data[: len(frames[node])]
-            yield node, len(data)
+            found.append((node, len(data)))
+        return found
 
     def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
         """See `Mesh`. Peers are not watched: within a process none is lost unseen."""

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,22 +103,25 @@ class Mesh(Protocol):
             timeout: seconds for all.
         """
 
-    def send(self, node: int, frame: memoryview, timeout: float) -> None:
-        """Sends a frame; its memory may be reused at once.
-
-        Raises:
-            LostError: a peer is gone, or this one took nothing for `timeout` seconds.
-        """
-
-    def receive(
-        self, frames: Mapping[int, memoryview], timeout: float
-    ) -> Iterator[tuple[int, int]]:
-        """Receives one frame from each of these nodes into the given memory, in any order.
+    def exchange(
+        self,
+        to: Sequence[int],
+        frame: memoryview,
+        frames: Mapping[int, memoryview],
+        timeout: float,
+    ) -> list[tuple[int, int]]:
+        """Sends a frame to some nodes, then receives one from each of some nodes, in any order.
 
         It may look for them awake for a short while before it sleeps.
 
-        Yields:
-            The node and the bytes that it sent, each as soon as it has come.
+        Args:
+            to: nodes that the frame goes to.
+            frame: what is sent; its memory may be reused at once.
+            frames: for each node that sends, where its frame goes.
+            timeout: seconds for sending, and again for receiving.
+
+        Returns:
+            The nodes that sent, each with the bytes that it sent, in the order in which they came.
 
         Raises:
             LostError: a peer (any peer, not only these) is gone, or some missed the deadline.

@@ -1,7 +1,7 @@
 """The data connections of one node: a PAIR for each other node."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,9 +16,9 @@ from pyllama_dist.net.zeromq.sockets import (
     GOODBYE_MS,
     LOST,
     NOBLOCK,
+    SPIN,
     Context,
     Socket,
-    Spin,
     Watched,
     bind,
     close_socket,
@@ -27,6 +27,7 @@ from pyllama_dist.net.zeromq.sockets import (
     open_socket,
     poll,
     readable,
+    yield_core,
 )
 
 
@@ -57,7 +58,6 @@ class ZmqMesh:
         self._context, self._host = context, host
         self._peers: dict[int, _Peer] = {}
         self._names: Sequence[str] = ()
-        self._spin = Spin()
 
     def bind(self, nodes: Sequence[int]) -> list[int]:
         """See `Mesh`."""
@@ -96,25 +96,32 @@ class ZmqMesh:
             if peer.bound:
                 self._send(other, link, deadline)
 
-    def send(self, node: int, frame: memoryview, timeout: float) -> None:
+    def exchange(
+        self,
+        to: Sequence[int],
+        frame: memoryview,
+        frames: Mapping[int, memoryview],
+        timeout: float,
+    ) -> list[tuple[int, int]]:
         """See `Mesh`."""
-        self._send(node, frame, time.monotonic() + timeout)
-
-    def receive(
-        self, frames: Mapping[int, memoryview], timeout: float
-    ) -> Iterator[tuple[int, int]]:
-        """See `Mesh`."""
-        pending = dict(frames)
         started = time.monotonic()
-        spin_until = started + self._spin.seconds()
+        for node in to:
+            self._send(node, frame, started + timeout)
+        started = time.monotonic()
+        pending, found = list(frames), []
         while True:
-            for node in tuple(pending):
+            late = []
+            for node in pending:
                 socket = self._peers[node].socket
                 if readable(socket):
-                    yield node, socket.recv_into(pending.pop(node), flags=NOBLOCK)
-            if not pending:
-                return
-            if time.monotonic() < spin_until and self._spin.give_way():
+                    found.append((node, socket.recv_into(frames[node], flags=NOBLOCK)))
+                else:
+                    late.append(node)
+            if not late:
+                return found
+            pending = late
+            if time.monotonic() < started + SPIN:
+                yield_core()
                 continue
             watched = [(self._peers[node].socket, zmq.POLLIN) for node in pending]
             deadline = started + timeout

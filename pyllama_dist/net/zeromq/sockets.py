@@ -34,12 +34,12 @@ REFUSED = (
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _NAP = 0.25  # seconds
 
-_SPIN = 1e-3  # seconds: an exchange takes some 100 us, and the others' parts a little longer or not
-_TAKEN = 300e-6  # seconds: ZeroMQ's own thread gives a core back sooner, another program later
-_REST = 20  # waits without spinning after that
+# Seconds that a node looks for frames awake before it sleeps until one comes: that wakes up later.
+# Between two looks it offers its core, so where others want it the time is soon over.
+SPIN = 500e-6
 
 # Not every system has it.
-_yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 # As numbers: pyzmq's names cost 1 us each time they are used.
 NOBLOCK, _EVENTS, _POLLIN = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
@@ -110,33 +110,6 @@ def connect(socket: Socket, address: object) -> None:
         raise errors.NodeError(
             f"cannot connect to {address}: {error}; is the address right?"
         ) from None
-
-
-class Spin:
-    """Looks for frames again and again before it sleeps until one comes: that wakes up faster.
-
-    Between two looks the core is offered to others. If one takes it, there are more threads than
-    cores: then the core is left to them for a while.
-    """
-
-    def __init__(self) -> None:
-        self._rest = 0  # waits that sleep at once
-
-    def seconds(self) -> float:
-        """How long to look this time."""
-        if self._rest:
-            self._rest -= 1
-            return 0.0
-        return _SPIN
-
-    def give_way(self) -> bool:
-        """Offers the core; whether it was free."""
-        before = time.monotonic()
-        _yield_core()
-        if time.monotonic() - before < _TAKEN:
-            return True
-        self._rest = _REST
-        return False
 
 
 def readable(socket: Socket) -> bool:
