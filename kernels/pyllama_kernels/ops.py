@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, int32, uint32
 
+from pyllama_kernels.dot import dot
 from pyllama_kernels.exponential import exp
 from pyllama_kernels.halves import half_to_float
-from pyllama_kernels.jit import kernel
+from pyllama_kernels.jit import exact_kernel, kernel
 from pyllama_kernels.layout import ROW_BYTES, tile_rows
 from pyllama_kernels.lowlevel import (
     address_of,
@@ -21,14 +22,12 @@ from pyllama_kernels.lowlevel import (
 from pyllama_kernels.rounding import round_block
 
 
-@kernel
+@exact_kernel
 def rms_norm(x: Any, weight: Any, epsilon: float, out: Any) -> None:
     """See `reference.rms_norm`."""
     rows, n = x.shape
     for row in range(rows):
-        total = float32(0)
-        for i in range(n):
-            total += x[row, i] * x[row, i]
+        total = dot(address_of(x[row]), address_of(x[row]), n)
         scale = float32(1 / math.sqrt(total / n + epsilon))
         for i in range(n):
             out[row, i] = x[row, i] * scale * weight[i]
@@ -73,17 +72,14 @@ def pack_q80(x: Any, out: Any) -> None:
         out[block, 1] = half >> 8
 
 
-@kernel
+@exact_kernel
 def matmul_f32(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """See `reference.matmul_f32`."""
     rows, n = x.shape
     for j in range(weight.shape[0]):
         start = bias[j] if bias.size else float32(0)
         for row in range(rows):
-            total = float32(0)
-            for i in range(n):
-                total += x[row, i] * weight[j, i]
-            out[row, j] = total + start
+            out[row, j] = dot(address_of(x[row]), address_of(weight[j]), n) + start
 
 
 @kernel

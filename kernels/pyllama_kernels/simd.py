@@ -188,13 +188,20 @@ class Asm:
         """a * b + c, rounded once where the CPU can."""
         return self.call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, a, b, c)
 
-    def prefetch(self, address: Value, offset: int) -> None:
-        """Asks for a cache line, to be near in the second level."""
+    def prefetch(self, address: Value, offset: int, near: int = 2) -> None:
+        """Asks for a cache line.
+
+        Args:
+            address: what the offset counts from.
+            offset: bytes.
+            near: LLVM's locality. 2: in the second level; 3: in the first; 0: in the first, and
+                out of the others' way, since it is read once.
+        """
         place = self._pointer(I8, address, offset)
         kind = ir.FunctionType(VOID, [place.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0i8")
-        read, second_level, data = (ir.Constant(I32, i) for i in (0, 2, 1))
-        self.builder.call(function, [place, read, second_level, data])
+        read, locality, data = (ir.Constant(I32, i) for i in (0, near, 1))
+        self.builder.call(function, [place, read, locality, data])
 
     def variable(self, value: Value) -> "Variable":
         """A register that a loop changes."""
