@@ -411,24 +411,20 @@ class OneRoot(ZmqListener):
 def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync):
     """Three nodes over TCP: the meshes of all of them tell what they send and take."""
     counts: dict[int, list[int]] = {0: [0, 0], 1: [0, 0], 2: [0, 0]}
-    greet, send, receive = ZmqMesh.greet, ZmqMesh.send, ZmqMesh.receive
+    greet, exchange = ZmqMesh.greet, ZmqMesh.exchange
 
     def greeting(self, session, node, names, timeout):
         self.counts = counts[node]
         greet(self, session, node, names, timeout)
 
-    def sending(self, node, frame, timeout):
-        self.counts[0] += frame.nbytes
-        send(self, node, frame, timeout)
-
-    def receiving(self, frames, timeout):
-        for node, received in receive(self, frames, timeout):
-            self.counts[1] += received
-            yield node, received
+    def exchanging(self, to, frame, frames, timeout):
+        found = exchange(self, to, frame, frames, timeout)
+        self.counts[0] += len(to) * frame.nbytes
+        self.counts[1] += sum(received for _, received in found)
+        return found
 
     monkeypatch.setattr(ZmqMesh, "greet", greeting)
-    monkeypatch.setattr(ZmqMesh, "send", sending)
-    monkeypatch.setattr(ZmqMesh, "receive", receiving)
+    monkeypatch.setattr(ZmqMesh, "exchange", exchanging)
 
     def work(door):
         with suppress(LostError):

@@ -25,18 +25,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from pyllama_kernels import latent
+from pyllama_kernels.byte_tile import TILE, one_page, two_pages
 from pyllama_kernels.cache import turn_keys, unpack_numbers, unpack_values
 from pyllama_kernels.exponential import exp, exp_of_differences
 from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
 from pyllama_kernels.jit import kernel
-from pyllama_kernels.latent import (
-    LARGE_TILE,
-    TILE,
-    add_values,
-    multiply_q80,
-)
+from pyllama_kernels.latent import add_values
 from pyllama_kernels.layout import ROW_BYTES
-from pyllama_kernels.lowlevel import address_of, float32_pointer, int32_pointer
+from pyllama_kernels.lowlevel import address_of, float32_pointer, int32_pointer, prefetch
 from pyllama_kernels.pages import CHUNK, FEW, KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
@@ -118,35 +114,35 @@ def attend(
         first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first
         for head in range(first_head, min(heads, stop_head), at_once):
             stop = min(heads, stop_head, head + at_once)
-            for row in range(0, rows, height):
+            begin = 0
+            while begin < rows:  # rows of one sequence after the other
+                end = begin + 1
+                while end < min(rows, begin + height) and slots[end] == slots[begin]:
+                    end += 1
+                last, ready = positions[begin:end].max() + 1, False
                 for chunk in range(chunks):
                     unit += 1
                     if unit % n_threads != thread:
                         continue
-                    begin = row
-                    while begin < min(rows, row + height):  # rows of one sequence after the other
-                        end = begin + 1
-                        while end < min(rows, row + height) and slots[end] == slots[begin]:
-                            end += 1
-                        last = positions[begin:end].max() + 1
-                        if chunks > 1:
-                            last = min(last, CHUNK * (chunk + 1))
-                        _attend(
-                            query,
-                            keys[slots[begin], kv_head],
-                            values[slots[begin], kv_head],
-                            kind,
-                            positions,
-                            (begin, end),
-                            (head, stop),
-                            (CHUNK * chunk, last),
-                            float32(scale),
-                            mask,
-                            parts,
-                            out,
-                            scratch,
-                        )
-                        begin = end
+                    row_span, head_span = (begin, end), (head, stop)
+                    if not ready:
+                        _prepare(query, row_span, head_span, kind, float32(scale), scratch)
+                        ready = True
+                    _attend(
+                        query,
+                        keys[slots[begin], kv_head],
+                        values[slots[begin], kv_head],
+                        kind,
+                        positions,
+                        row_span,
+                        head_span,
+                        (CHUNK * chunk, min(last, CHUNK * (chunk + 1)) if chunks > 1 else last),
+                        mask,
+                        parts,
+                        out,
+                        scratch,
+                    )
+                begin = end
 
 
 @kernel
@@ -159,13 +155,15 @@ def _attend(
     row_span: Any,
     head_span: Any,
     position_span: Any,
-    scale: Any,
     mask: Any,
     parts: Any,
     out: Any,
     scratch: int,
 ) -> None:
-    """Some rows of one sequence, heads that share a key head, and positions of one chunk."""
+    """Some rows of one sequence, heads that share a key head, and positions of one chunk.
+
+    Their queries are in the scratch: see `_prepare`.
+    """
     n, m, chunks = query.shape[2], out.shape[2], parts.shape[2]
     turned = address_of(keys) == address_of(values)  # values are made of keys
     (first_row, last_row), (first_head, last_head) = row_span, head_span
@@ -173,7 +171,6 @@ def _attend(
     heads = last_head - first_head
     queries = (last_row - first_row) * heads
     room = (queries + TILE - 1) // TILE * TILE  # whole tiles of queries
-    q = carray(float32_pointer(scratch), (queries, n))
     totals_at = scratch + _QUERY_BYTES * _QUERIES * n
     totals = carray(float32_pointer(totals_at), (room, m))
     page_at = totals_at + 4 * _QUERIES * n
@@ -183,12 +180,6 @@ def _attend(
     largest = carray(float32_pointer(scores_at + 4 * _SCORES), (queries,))
     sums = carray(float32_pointer(scores_at + 4 * (_SCORES + _QUERIES)), (queries,))
 
-    if kind == KEPT_Q80:
-        _round_queries(query, row_span, head_span, scale, scratch)
-    else:
-        for i in range(queries):
-            for j in range(n):
-                q[i, j] = query[first_row + i // heads, first_head + i % heads, j] * scale
     totals[:] = 0
     largest[:], sums[:] = float32(-np.inf), float32(0)
 
@@ -204,15 +195,17 @@ def _attend(
         first = block // PAGE
         pages = (min(at_once, stop - block) + PAGE - 1) // PAGE
         scores[:] = 0
-        for page in range(pages):
+        if kind == KEPT_Q80:
+            _score(keys[first : first + pages], n // 32, scratch, scores_at, row_bytes, queries)
+        for page in range(pages if kind != KEPT_Q80 else 0):
             b, c = address_of(keys[first + page]), scores_at + 4 * PAGE * page
-            if kind == KEPT_Q80:
-                multiply_q80(b, scratch, n // 32, c, row_bytes, queries)
-                continue
             if not as_kept:
                 unpack_numbers(keys[first + page], kind, page_keys)
                 b = page_at
             multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
+        if kind == KEPT_Q80 and not turned:
+            for line in range(0, _AHEAD, 64):
+                prefetch(address_of(values[first]) + line)
         for i in range(queries if mask.size else 0):
             added = mask[first_row + i // heads, block:]
             for j in range(min(PAGE * pages, added.size)):
@@ -261,25 +254,59 @@ def _attend(
 
 
 @kernel
+def _prepare(
+    query: Any, row_span: Any, head_span: Any, kind: int, scale: Any, scratch: int
+) -> None:
+    """Brings some queries, times a scale, to where `_attend` looks for them."""
+    if kind == KEPT_Q80:
+        _round_queries(query, row_span, head_span, scale, scratch)
+        return
+    (first_row, last_row), (first_head, last_head) = row_span, head_span
+    heads, n = last_head - first_head, query.shape[2]
+    queries = carray(float32_pointer(scratch), ((last_row - first_row) * heads, n))
+    for i in range(queries.shape[0]):
+        for j in range(n):
+            queries[i, j] = query[first_row + i // heads, first_head + i % heads, j] * scale
+
+
+@kernel
 def _round_queries(query: Any, row_span: Any, head_span: Any, scale: Any, tiles: int) -> None:
-    """Queries times a scale as tiles of Q80: see `layout`. Large ones first; the rest is zero."""
+    """Queries times a scale as tiles of Q80: see `layout`. What is left of the last one is zero."""
     (first_row, last_row), (first_head, last_head) = row_span, head_span
     heads, n = last_head - first_head, query.shape[2]
     queries = (last_row - first_row) * heads
     blocks = n // 32
-    large = queries // LARGE_TILE * LARGE_TILE  # queries in large tiles
     for i in range((queries + TILE - 1) // TILE * TILE):
-        tile = LARGE_TILE if i < large else TILE
-        place = i % tile
+        place = i % TILE
         for block in range(blocks):
-            cell = tiles + ((i - place) * blocks + block * tile) * ROW_BYTES
+            cell = tiles + ((i - place) * blocks + block * TILE) * ROW_BYTES
             half, total = float_to_half(float32(0)), 0
             if i < queries:
                 values = query[first_row + i // heads, first_head + i % heads, 32 * block :]
                 half, total = round_block(values, cell + 32 * place)
-            scales = carray(float32_pointer(cell + 32 * tile), (tile,))
-            offsets = carray(int32_pointer(cell + 36 * tile), (tile,))
+            scales = carray(float32_pointer(cell + 32 * TILE), (TILE,))
+            offsets = carray(int32_pointer(cell + 36 * TILE), (TILE,))
             scales[place], offsets[place] = half_to_float(half) * scale, -8 * total
+
+
+@kernel
+def _score(keys: Any, blocks: int, tiles: int, scores: int, stride: int, queries: int) -> None:
+    """Adds to [queries, positions] float32 the products with pages of Q80 keys."""
+    pages, size = keys.shape
+    tiles_ = (queries + TILE - 1) // TILE
+    lines = (2 * size // 64 + tiles_ * blocks - 1) // (tiles_ * blocks)
+    for page in range(0, pages, 2):
+        at = address_of(keys[page])
+        for i in range(tiles_):
+            x, out = (
+                tiles + TILE * i * blocks * ROW_BYTES,
+                scores + TILE * i * stride + 4 * PAGE * page,
+            )
+            ahead = at + max(2 * size, _AHEAD) + 64 * lines * blocks * i
+            if page + 1 < pages:
+                two_pages(at, size, x, blocks, out, stride, ahead, lines)
+            else:
+                one_page(at, size, x, blocks, out, stride, ahead, lines)
 
 
 @intrinsic
@@ -300,6 +327,8 @@ def _add_tile(typingctx, page, blocks, weights, stride, totals):
         scaled = Value(asm, builder.ptrtoint(room, I64))
         with asm.loop(blocks) as block:
             part = page.plus(block, PAGE * 34)
+            for line in range(0, PAGE * 34, 64):
+                asm.prefetch(part, _AHEAD + line)
             scales = asm.load(ir.VectorType(I16, PAGE), part).halves_as_floats(IN_HARDWARE)
             for i, row in enumerate(rows):
                 asm.store(asm.load(kind, row) * scales, scaled, 4 * PAGE * i)

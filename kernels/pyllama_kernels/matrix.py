@@ -1,8 +1,7 @@
 """The product with Q80 activations, written once; an instruction set says how to multiply bytes.
 
 A *tile* is the innermost loop: 16 rows of weights times 1, 4 or 16 rows of a batch, over all blocks
-of inputs. Its sums stay in registers. See `layout` for what lies where. A page of keys in Q80 is
-laid out as 16 rows of weights are: attention's scores come out of the same tile.
+of inputs. Its sums stay in registers. See `layout` for what lies where.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
@@ -18,7 +17,6 @@ from numba.extending import intrinsic
 from pyllama_kernels.jit import exact_kernel
 from pyllama_kernels.layout import GROUP, GROUP_BYTES, ROW_BYTES, tile_rows
 from pyllama_kernels.lowlevel import address_of, float32_pointer, stack
-from pyllama_kernels.pages import PAGE
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
 # Bytes from a weight that is read to the one that is asked for, and where that goes (see
@@ -37,9 +35,10 @@ _SUMS_BYTES = 4 * _MOST * GROUP
 class InstructionSet:
     """What sets one CPU apart from another for this product.
 
-    Its `Dots` add up one block: of (asm, quads, x, offset), `quads` are eight vectors of bytes,
-    each with four inputs of `lanes` rows of weights; `x` is the address of the 32 int8 that they
-    meet, `offset` is -8 times the sum of those. The result is `lanes` int32.
+    Its `Dots` add up inputs: of (asm, quads, x, start), `quads` are vectors of bytes, each with the
+    next four inputs of `lanes` rows of weights; `x` is the address of the int8 that they meet;
+    `start` are the `lanes` int32 to which the products are added. An instruction may want its bytes
+    without sign: then `start` makes up for what was added to them.
     """
 
     name: str
@@ -47,24 +46,16 @@ class InstructionSet:
     lanes: int  # rows of weights in a vector
     sums: int  # vectors of sums that fit into registers beside the rest
     nibble_dots: "Dots"  # bytes 0 to 15, which stand for -8 to 7
-    byte_dots: "Dots"  # bytes -127 to 127
+    byte_dots: "Dots"  # bytes -127 to 127, plus the bias
+    bias: int = 0
     halves: bool = True  # float16 is converted in hardware
 
 
 Dots = Callable[[Asm, Sequence[Value], Value, Value], Value]
 
 
-@dataclass(frozen=True)
-class Format:
-    """How 16 interleaved rows are kept: 16 float16 scales, then the quads of 32 inputs."""
-
-    nbytes: int  # of 16 rows in one block of inputs
-    # Vector number so-and-so of a block's quads: see `InstructionSet`.
-    quads: Callable[[InstructionSet, Asm, Value, int], list[Value]]
-    dots: Callable[[InstructionSet], Dots]
-
-
 def _nibbles(isa: InstructionSet, asm: Asm, block: Value, v: int) -> list[Value]:
+    """The eight quads of a block, for vector number v of the 16 rows."""
     bytes_, words = ir.VectorType(I8, 4 * isa.lanes), ir.VectorType(I16, 2 * isa.lanes)
     mask, four = asm.constant(bytes_, 15), asm.constant(words, 4)
     lines = [asm.load(bytes_, block, 2 * GROUP + 64 * i + 4 * isa.lanes * v) for i in range(4)]
@@ -73,18 +64,9 @@ def _nibbles(isa: InstructionSet, asm: Asm, block: Value, v: int) -> list[Value]
     return low + high
 
 
-def _bytes(isa: InstructionSet, asm: Asm, block: Value, v: int) -> list[Value]:
-    kind = ir.VectorType(I8, 4 * isa.lanes)
-    return [asm.load(kind, block, 2 * GROUP + 64 * i + 4 * isa.lanes * v) for i in range(8)]
-
-
-Q40_WEIGHTS = Format(GROUP_BYTES, _nibbles, lambda isa: isa.nibble_dots)
-Q80_KEYS = Format(PAGE * 34, _bytes, lambda isa: isa.byte_dots)
-
-
 def make_matmul_q40(isa: InstructionSet) -> Any:
     """The kernel for an instruction set. Arguments: see `reference.matmul_q40`."""
-    tile_1, tile_4, tile_16 = (make_tile(isa, Q40_WEIGHTS, rows) for rows in (1, 4, 16))
+    tile_1, tile_4, tile_16 = (_make_tile(isa, rows) for rows in (1, 4, 16))
 
     @exact_kernel  # the same sums, to the bit, with every instruction set
     def matmul(activations: Any, rows: int, weight: Any, bias: Any, out: Any) -> None:
@@ -115,7 +97,7 @@ def make_matmul_q40(isa: InstructionSet) -> Any:
     return matmul
 
 
-def make_tile(isa: InstructionSet, kept: Format, rows: int) -> Any:
+def _make_tile(isa: InstructionSet, rows: int) -> Any:
     """An intrinsic: 16 interleaved rows times a tile of so many rows of activations.
 
     Its arguments are addresses and sizes: the rows, the activations, the number of blocks of
@@ -134,19 +116,19 @@ def make_tile(isa: InstructionSet, kept: Format, rows: int) -> Any:
                 zero = asm.constant(ir.VectorType(F32, isa.lanes), 0.0)
                 totals = {(t, v): asm.variable(zero) for t in chunk for v in range(vectors)}
                 with asm.loop(n_blocks) as block:
-                    w_block = w.plus(block, kept.nbytes)
+                    w_block = w.plus(block, GROUP_BYTES)
                     x_block = x.plus(block, ROW_BYTES * rows)
                     if first == 0:
-                        for line in range(0, kept.nbytes, 64):
+                        for line in range(0, GROUP_BYTES, 64):
                             asm.prefetch(w_block, _AHEAD + line, _WHERE)
                     for v in range(vectors):
                         halves = asm.load(ir.VectorType(I16, isa.lanes), w_block, 2 * isa.lanes * v)
                         scale = halves.halves_as_floats(isa.halves)
-                        quads = kept.quads(isa, asm, w_block, v)
+                        quads = _nibbles(isa, asm, w_block, v)
                         for t in chunk:
                             x_scale = asm.load(F32, x_block, 32 * rows + 4 * t)
                             offset = asm.splat(asm.load(I32, x_block, 36 * rows + 4 * t), isa.lanes)
-                            dots = kept.dots(isa)(asm, quads, x_block.plus(32 * t), offset)
+                            dots = isa.nibble_dots(asm, quads, x_block.plus(32 * t), offset)
                             factor = scale * asm.splat(x_scale, isa.lanes)
                             total = totals[t, v]
                             total.set(asm.fused(dots.as_floats(), factor, total.get()))

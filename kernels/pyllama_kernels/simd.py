@@ -62,6 +62,17 @@ class Value:
     def __rshift__(self, other: "Value") -> "Value":
         return self._binary(other, "lshr")
 
+    def over(self, other: "Value") -> "Value":
+        """Floats divided by floats."""
+        return Value(self.asm, self.asm.builder.fdiv(self.llvm, other.llvm))
+
+    def high_product(self, other: "Value") -> "Value":
+        """The high halves of products of signed integers."""
+        width = self.type.element.width
+        wide = ir.VectorType(ir.IntType(2 * width), self.type.count)
+        product = self.widened(wide, signed=True) * other.widened(wide, signed=True)
+        return (product >> self.asm.constant(wide, width)).narrowed(self.type)
+
     def plus(self, count: "Value | int", size: int = 1) -> "Value":
         """An address `count` times `size` bytes further; `count` is a Value or a Python number."""
         if isinstance(count, int):

@@ -15,24 +15,24 @@ from pyllama_kernels.simd import I16, I32, Asm, Value
 _PAIRS = ir.VectorType(I16, 16)
 
 
-def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`."""
     pairs = asm.constant(_PAIRS, 0)
     for i, quad in enumerate(quads):
         inputs = asm.splat(asm.load(I32, x, 4 * i), 8).bits_as(quad.type)
         pairs += asm.call("llvm.x86.avx2.pmadd.ub.sw", _PAIRS, quad, inputs)
-    return offset + _neighbours(asm, pairs, offset.type)
+    return start + _neighbours(asm, pairs, start.type)
 
 
-def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`. The bytes' signs go over to the inputs: |a| * (sign(a) * b) = a * b."""
-    total = asm.constant(offset.type, 0)
+    total = start
     for i, quad in enumerate(quads):
         inputs = asm.splat(asm.load(I32, x, 4 * i), 8).bits_as(quad.type)
         signed = asm.call("llvm.x86.avx2.psign.b", quad.type, inputs, quad)
         magnitudes = asm.call("llvm.x86.avx2.psign.b", quad.type, quad, quad)
         pairs = asm.call("llvm.x86.avx2.pmadd.ub.sw", _PAIRS, magnitudes, signed)
-        total += _neighbours(asm, pairs, offset.type)
+        total += _neighbours(asm, pairs, start.type)
     return total
 
 

@@ -3,7 +3,7 @@
 The four inputs of 8 rows in one instruction: see `avx512_vnni`.
 """
 
-from pyllama_kernels.isa.avx512_vnni import byte_dots, nibble_dots
+from pyllama_kernels.isa.avx512_vnni import dots
 from pyllama_kernels.matrix import InstructionSet, make_matmul_q40
 
 ISA = InstructionSet(
@@ -11,7 +11,8 @@ ISA = InstructionSet(
     features=("avx2", "avxvnni", "f16c", "fma"),
     lanes=8,
     sums=8,
-    nibble_dots=nibble_dots,
-    byte_dots=byte_dots,
+    nibble_dots=dots,
+    byte_dots=dots,
+    bias=128,
 )
 matmul_q40 = make_matmul_q40(ISA)

@@ -15,22 +15,22 @@ _WORDS, _SUMS = ir.VectorType(I16, 8), ir.VectorType(I32, 4)
 _LOW, _HIGH = range(8), range(8, 16)
 
 
-def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`."""
     low = high = asm.constant(_WORDS, 0)
     for i, quad in enumerate(quads):
         products = _products(asm, quad, x, i)
         low, high = low + products[0], high + products[1]
-    return offset + _neighbours(asm, _pairs(asm, low), _pairs(asm, high))
+    return start + _neighbours(asm, _pairs(asm, low), _pairs(asm, high))
 
 
-def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`. A product of two bytes leaves no room in int16 for a second one."""
-    low = high = asm.constant(offset.type, 0)
+    low = high = asm.constant(_SUMS, 0)
     for i, quad in enumerate(quads):
         products = _products(asm, quad, x, i)
         low, high = low + _pairs(asm, products[0]), high + _pairs(asm, products[1])
-    return _neighbours(asm, low, high)
+    return start + _neighbours(asm, low, high)
 
 
 def _products(asm: Asm, quad: Value, x: Value, i: int) -> tuple[Value, Value]:

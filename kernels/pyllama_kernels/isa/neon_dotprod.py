@@ -14,9 +14,9 @@ from pyllama_kernels.simd import I32, Asm, Value
 _QUADS = ir.VectorType(I32, 4)
 
 
-def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`."""
-    total = offset
+    total = start
     for i, quad in enumerate(quads):
         # The instruction takes one lane of a register for all rows: 16 inputs are loaded at once.
         lane = asm.load(_QUADS, x, 16 * (i // 4)).part(*[i % 4] * 4)
@@ -25,17 +25,12 @@ def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Va
     return total
 
 
-def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
-    """See `InstructionSet`. The instruction's bytes are signed anyway."""
-    return nibble_dots(asm, quads, x, asm.constant(_QUADS, 0))
-
-
 ISA = InstructionSet(
     name="neon_dotprod",
     features=("neon", "dotprod"),
     lanes=4,
     sums=16,
-    nibble_dots=nibble_dots,
-    byte_dots=byte_dots,
+    nibble_dots=dots,
+    byte_dots=dots,
 )
 matmul_q40 = make_matmul_q40(ISA)

@@ -9,14 +9,14 @@ from pyllama_kernels.matrix import InstructionSet, make_matmul_q40
 from pyllama_kernels.simd import I8, I16, I32, Asm, Value
 
 
-def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def nibble_dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`. Eight products of a byte 0 to 15 with an int8 fit into int16."""
-    return offset + _dots(asm, quads, x, I16)
+    return start + _dots(asm, quads, x, I16)
 
 
-def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, offset: Value) -> Value:
+def byte_dots(asm: Asm, quads: Sequence[Value], x: Value, start: Value) -> Value:
     """See `InstructionSet`."""
-    return _dots(asm, quads, x, I32)
+    return start + _dots(asm, quads, x, I32)
 
 
 def _dots(asm: Asm, quads: Sequence[Value], x: Value, integer: Any) -> Value:
