@@ -22,7 +22,7 @@ def random_keys(rng: np.random.Generator, count: int, head_dim: int) -> np.ndarr
 
 
 def one_scale(kept: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers [positions, m] as integers, and of each position the scale [positions] of them all."""
+    """The numbers [positions, m] as integers, and for each position the scale of them all."""
     blocks = kept.reshape(len(kept), -1, 34 * PAGE)[:, : m // 32]
     scales = blocks[:, :, : 2 * PAGE].copy().view("<f2").astype(F32)  # [pages, blocks, 16]
     whole = blocks[:, :, 2 * PAGE :].view(np.int8).reshape(*scales.shape[:2], 8, PAGE, 4)
