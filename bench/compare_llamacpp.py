@@ -70,7 +70,7 @@ def compare(
     what = f"{setting['shape']}, {setting['threads']} threads, {test.name}"
     names = [OURS, THEIRS, THEIRS_FLASH]
     rates: dict[str, list[float]] = {name: [] for name in names}
-    loads, others = [machine.load_average()], []
+    loads, others, read = [machine.load_average()], [], []
     for name in names:
         starting(f"{what}: warm-up, {name}")
         run(name, test.tokens if test.kind == "pp" else 1)
@@ -81,8 +81,13 @@ def compare(
             rates[name].append(run(name))
         others.append(rest.cores())
         loads.append(machine.load_average())
+        if test.kind == "tg":
+            rate = ours.ask(bandwidth={"threads": setting["threads"]})["gb_per_second"]
+            read.append(float(rate))
     best = max(THEIRS, THEIRS_FLASH, key=lambda name: median(rates[name]))
     ratios = [our / their for our, their in zip(rates[OURS], rates[best], strict=True)]
+    gb_per_token = setting["matrix_bytes"][OURS] / 1e9
+    shares = [our * gb_per_token / most for our, most in zip(rates[OURS], read, strict=False)]
     return {
         "test": test.name,
         "p": test.tokens if test.kind == "pp" else 0,
@@ -92,6 +97,8 @@ def compare(
         "median": {name: median(rates[name]) for name in names},
         "compared_with": best,
         "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "memory_gb_per_second": read,  # by as many threads, after each round of tg
+        "memory_share": median(shares) if shares else None,
         "load": loads,  # before the first round, and after each
         "others_cores": others,  # in each round
     }
@@ -130,17 +137,16 @@ def table(report: Mapping[str, Any]) -> Table:
     kernels = ", ".join(sorted({result["kernels"] for result in report["results"]}))
     shown = Table(
         title=f"pyllama-dist ({kernels}) : llama.cpp, {report['machine']['cpu']}",
-        caption="fa: with flash attention; of: what these threads can read from memory",
+        caption="fa: with flash attention; %: of what these threads read from memory, each round",
         box=box.MARKDOWN,
     )
     shown.add_column("shape", no_wrap=True)
-    columns = "threads", "test", "t/s", "llama.cpp", "ratio", "min–max", "GB/s", "of", "load"
+    columns = "threads", "test", "t/s", "llama.cpp", "ratio", "min–max", "GB/s", "%", "load"
     for heading in (*columns, "others"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for result in report["results"]:
         our, their = (result["median"][name] for name in (OURS, result["compared_with"]))
         ratio, sizes = result["ratio"], result["matrix_bytes"]
-        bandwidth = max(report["memory_gb_per_second"][str(result["threads"])])
         read = f"{our * sizes[OURS] / 1e9:.1f} : {their * sizes[THEIRS] / 1e9:.1f}"
         shown.add_row(
             result["shape"],
@@ -151,7 +157,7 @@ def table(report: Mapping[str, Any]) -> Table:
             f"{ratio['median']:.2f}",
             f"{ratio['min']:.2f}–{ratio['max']:.2f}",
             read if result["n"] else "",
-            f"{bandwidth:.1f}" if result["n"] else "",
+            f"{100 * result['memory_share']:.0f}" if result["n"] else "",
             f"{result['load'][0][0]:.1f}–{result['load'][-1][0]:.1f}",
             f"{median(result['others_cores']):.2f}",
         )
@@ -201,15 +207,11 @@ def measure(
     for shape in args.shapes:
         for threads in args.threads:
             starting(f"{shape}, {threads} threads: loading")
-            bandwidth = report["memory_gb_per_second"].setdefault(str(threads), [])
-            bandwidth.append(ours.ask(bandwidth={"threads": threads})["gb_per_second"])
             setting = load(shape, threads, seq_len, ours, theirs)
             for test in tests:
                 found = compare(test, setting, args.r, ours, theirs, starting)
                 report["results"].append(setting | found)
                 yield
-            bandwidth.append(ours.ask(bandwidth={"threads": threads})["gb_per_second"])
-            yield
 
 
 def main() -> None:
@@ -229,7 +231,6 @@ def main() -> None:
             "machine": machine.facts(),
             "versions": machine.versions(),
             "llamacpp": asdict(build) | theirs.ask(about={}),
-            "memory_gb_per_second": {},  # by threads; measured before and after each shape
             "results": [],
         }
         path: Path = args.o or result_file("llamacpp")

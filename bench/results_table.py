@@ -53,6 +53,7 @@ def llamacpp_rows(file: Json) -> Iterator[tuple[Row, Row]]:
                 f"{rates['pyllama-dist']:.1f}",
                 f"{rates[result['compared_with']]:.1f}",
                 _ratio(ratio),
+                f"{100 * share:.0f}" if (share := result.get("memory_share")) else "",
             ),
         )
 
@@ -91,7 +92,7 @@ KINDS: dict[str, tuple[Row, Row, Callable[[Json], Iterator[tuple[Row, Row]]]]] =
     ),
     "llamacpp": (
         ("machine", "model, Q40", "kernels", "nodes × threads", "test"),
-        ("pyllama-dist, tokens/s", "llama.cpp", "ratio"),
+        ("pyllama-dist, tokens/s", "llama.cpp", "ratio", "% of memory read"),
         llamacpp_rows,
     ),
     "nodes": (

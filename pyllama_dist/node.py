@@ -14,11 +14,18 @@ from pyllama_dist.program import Batch, Program, Rows
 
 @dataclass
 class Spent:
-    """What steps have cost this node so far."""
+    """What steps have cost a node so far."""
 
     compute_seconds: float = 0.0
     sync_seconds: float = 0.0  # waiting for others included
     bytes_moved: int = 0
+
+    def __sub__(self, before: "Spent") -> "Spent":
+        return Spent(
+            self.compute_seconds - before.compute_seconds,
+            self.sync_seconds - before.sync_seconds,
+            self.bytes_moved - before.bytes_moved,
+        )
 
 
 class Node:

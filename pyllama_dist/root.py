@@ -20,6 +20,7 @@ from pyllama_dist.net.frames import MAX_RAW
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
+    AskUsage,
     Bound,
     Bye,
     Error,
@@ -31,6 +32,7 @@ from pyllama_dist.net.messages import (
     Phase,
     Ready,
     Step,
+    Usage,
     WeightPart,
     WeightsEnd,
     Welcome,
@@ -149,6 +151,19 @@ class Root:
             return np.empty((0, sum(logits.spec.widths)), np.float32)
         slots = range(program.n_nodes)
         return np.concatenate([logits.f32(i, len(batch.logits)) for i in slots], axis=1)
+
+    def usage(self) -> list[Usage]:
+        """What steps have cost each worker so far, and the memory it has taken.
+
+        Raises:
+            NodeError: a worker was lost; with address, phase and what to do.
+        """
+        try:
+            for channel in self._channels:
+                channel.send(AskUsage())
+            return [self._expect(channel, Usage, _TALK_SECONDS) for channel in self._channels]
+        except LostError as lost:
+            raise self._blame(lost) from None
 
     def close(self, error: BaseException | None = None) -> None:
         """Says bye, or why not, and frees everything."""

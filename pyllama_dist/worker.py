@@ -15,9 +15,11 @@ from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.memory_use import resident_bytes
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
+    AskUsage,
     Bound,
     Bye,
     Error,
@@ -30,6 +32,7 @@ from pyllama_dist.net.messages import (
     Phase,
     Ready,
     Step,
+    Usage,
     WeightPart,
     WeightsEnd,
     Welcome,
@@ -214,7 +217,19 @@ class _Session:
     def steps(self, node: Node) -> None:
         """STEP after STEP, until the root says bye."""
         while True:
-            step = self.of_kind(Step, self.mesh.wait(self.channel, None)[0])
+            message, _ = self.mesh.wait(self.channel, None)
+            if isinstance(message, AskUsage):
+                spent = node.spent
+                self.channel.send(
+                    Usage(
+                        spent.compute_seconds,
+                        spent.sync_seconds,
+                        spent.bytes_moved,
+                        resident_bytes(peak=True),
+                    )
+                )
+                continue
+            step = self.of_kind(Step, message)
             self.phase = Phase.STEP
             check_batch(node.program, step.batch)
             node.step(step.number, step.batch)

@@ -16,7 +16,7 @@ import pytest
 
 from pyllama_dist import cluster as cluster_module
 from pyllama_dist.bench import machine, report, serve, shapes
-from pyllama_dist.bench.measure import Bench, Run, matrix_bytes, measure, plan_tests
+from pyllama_dist.bench.measure import Bench, Result, Run, matrix_bytes, measure, plan_tests
 from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
 from pyllama_dist.bench.random_model import RandomModel
 from pyllama_dist.bench.session import open_session
@@ -25,6 +25,7 @@ from pyllama_dist.cli import main
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
+from pyllama_dist.net.messages import Usage
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.net.zeromq import ZmqListener
 from pyllama_dist.net.zeromq.mesh import ZmqMesh
@@ -32,7 +33,7 @@ from pyllama_dist.node import Spent
 from pyllama_dist.program import Batch
 from pyllama_dist.simulate import simulated_root
 from pyllama_dist.worker import serve as serve_roots
-from pyllama_kernels.bandwidth import TURN, read_bandwidth, sum_of
+from pyllama_kernels.bandwidth import TURN, MemoryReader, sum_of
 from pyllama_kernels.blocks import dequantize_q40
 
 TINY = {
@@ -211,6 +212,13 @@ class FakeRoot:
         self.program = SimpleNamespace(max_rows=max_rows, seq_len=seq_len)
         self.node = SimpleNamespace(program=self.program, spent=Spent())
         self.batches: list[tuple[list[int], Batch]] = []
+        self.asked = 0
+
+    def usage(self):
+        """One worker, twice as slow; it has also worked before, for two seconds."""
+        self.asked += 1
+        spent = self.node.spent
+        return [Usage(2 + 2 * spent.compute_seconds, 0.0, 2 * spent.bytes_moved, 1 << 20)]
 
     def step(self, tokens, batch):
         self.batches.append((list(tokens), batch))
@@ -268,9 +276,18 @@ def test_each_test_is_warmed_up_and_repeated():
     root, seen = FakeRoot(), []
     tests = plan_tests([4, 0], [2], [0, 16])
     assert [test.name for test in tests] == ["pp4", "tg2", "pp4 @ d16", "tg2 @ d16"]
-    found = measure(Bench(root, 300), tests[:2], 3, lambda test, run: seen.append((test, run)))
+    rates = iter(range(1, 7))
+    found = measure(
+        Bench(root, 300), tests[:2], 3, lambda: next(rates), lambda *run: seen.append(run)
+    )
     assert seen == [(test, run) for test in tests[:2] for run in range(4)]
-    assert [len(runs) for _, runs in found] == [3, 3]
+    assert [len(result.runs) for result in found] == [3, 3]
+    assert [result.bandwidth for result in found] == [[1, 2, 3], [4, 5, 6]]
+    # A step is 2 and 0.5 seconds, and 100 bytes: 3 of them, and 6. Warm-ups do not count.
+    assert [result.spent for result in found] == [
+        [Spent(6, 1.5, 300), Spent(12, 0, 600)],
+        [Spent(12, 3, 600), Spent(24, 0, 1200)],
+    ]
     assert len(root.batches) == 4 + 1 + 3 * 2  # a warm-up of tg is one token
 
 
@@ -282,13 +299,15 @@ def found():
         date="2026-01-02T03:04:05+00:00",
         model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
         setting=report.Setting("portable", 2, 2, 1, "q80", 20, 32),
-        results=[(Trial("pp", 10), runs), (Trial("tg", 10, 5), runs)],
+        results=[
+            Result(test, runs, [10e9, 15e9], [Spent(2.0, 1.0, 10_000), Spent(1.0, 2.0, 10_000)])
+            for test in (Trial("pp", 10), Trial("tg", 10, 5))
+        ],
         traffic={
             Trial("pp", 10): [Traffic(5000, 2000), Traffic(1000, 3000), Traffic(1000, 3000)],
             Trial("tg", 10, 5): [Traffic(50, 20), Traffic(10, 25), Traffic(10, 25)],
         },
         bytes_here=1_125_000_000,
-        bandwidth=[15e9, 14e9],
         peak_bytes=[3_000_000, 2_000_000],
         machine={"cpu": "A CPU", "llvm_cpu": "zen", "cores": 2, "features": ["avx2"]},
         versions={"python": "3.11.0"},
@@ -297,16 +316,17 @@ def found():
 
 
 def test_figures_are_those_worked_out_by_hand(found):
-    pp, tg = (report.figures(found, test, runs) for test, runs in found.results)
+    pp, tg = (report.figures(found, result) for result in found.results)
     assert (pp.tokens_per_second, pp.median) == (7.5, 7.5)
     assert pp.stdev == pytest.approx(3.53553, abs=1e-5)  # of 10 and 5
-    assert pp.compute_ms_per_token == pytest.approx(100)
-    assert pp.sync_ms_per_token == pytest.approx(50)
+    assert pp.compute_ms_per_token == pytest.approx([100, 50])
+    assert pp.sync_ms_per_token == pytest.approx([50, 100])
     assert pp.kb_sent_per_token == pytest.approx([0.5, 0.1, 0.1])
     assert pp.kb_received_per_token == pytest.approx([0.2, 0.3, 0.3])
     assert pp.gb_per_second is pp.memory_share is None
     assert tg.gb_per_second == pytest.approx(8.4375)
-    assert tg.memory_share == pytest.approx(0.5625)
+    # 11.25 of 10 and 5.625 of 15 GB/s.
+    assert tg.memory_share == pytest.approx((1.125 + 0.375) / 2)
     assert (tg.p, tg.n, tg.d) == (0, 10, 5)
 
 
@@ -318,7 +338,8 @@ def test_the_table_has_the_figures_in_its_columns(found):
     assert (pp["kB sent"], pp["kB received"]) == ("0.5, 2 × 0.1", "0.2, 2 × 0.3")
     assert tg["test"] == "tg10 @ d5"
     assert tg["t/s"] == "7.50 ± 3.54"
-    assert (tg["GB/s"], tg["% of memory"]) == ("8.44", "56")
+    assert (tg["GB/s"], tg["% of memory"]) == ("8.44", "75")
+    assert (tg["compute ms"], tg["sync ms"]) == ("100.00, 50.00", "50.00, 100.00")
     assert (tg["model"], tg["nodes"], tg["threads"]) == ("some Q40", "2", "1")
     assert (tg["size"], tg["params"]) == ("1.12 GB", "2.00 B")
 
@@ -345,12 +366,11 @@ def test_the_memory_kernel_reads_every_word():
     assert sum_of(part.ctypes.data, end) % (1 << 32) == part.sum(dtype=np.uint64) % (1 << 32)
 
 
-def test_memory_speed_is_one_figure_for_each_pass():
-    found = read_bandwidth(2, 1 << 16, passes=3)
-    assert len(found) == 3
-    assert min(found) > 0
+def test_memory_is_read_by_threads_that_share_it():
+    with MemoryReader(2, 1 << 16) as reader:
+        assert reader.bytes_per_second() > 0
     with pytest.raises(ValueError, match="for 3 threads"):
-        read_bandwidth(3, TURN)
+        MemoryReader(3, TURN)
 
 
 def test_a_server_takes_orders_one_by_one(monkeypatch, capsys):
@@ -386,13 +406,14 @@ def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
     cluster = Cluster(local_workers=1, n_threads=1, max_seq_len=16)
     with open_session("tiny", RandomModel(config), cluster) as session:
         run = session.bench.run(Trial("tg", 2))
-        peak = machine.resident_bytes(peak=True)
-        now = machine.resident_bytes()
+        cost, peak = session.bench.spent(), session.bench.peak_bytes()
     assert (session.setting.nodes, session.setting.nodes_here) == (2, 2)
     assert session.bytes_here == session.model.matrix_bytes == session.model.parameters * 18 // 32
     assert run.bytes_moved > 0
-    assert len(now) == len(peak) == 2
-    assert all(high >= low > 10e6 for high, low in zip(peak, now, strict=True))
+    assert [node.bytes_moved for node in cost] == [run.bytes_moved] * 2
+    assert all(node.compute_seconds > 0 < node.sync_seconds for node in cost)
+    assert len(peak) == 1
+    assert peak[0] > 10e6
 
 
 class OneRoot(ZmqListener):
@@ -479,7 +500,8 @@ def test_the_command_measures_a_shape(cli):
     assert said["seq_len"] == 56  # what the longest test needs
     assert (said["threads"], said["model"], said["nodes"]) == (1, "tiny", 1)
     assert all(len(test["seconds"]) == test["repetitions"] == 2 for test in said["tests"])
-    assert len(said["memory_gb_per_second"]) == 2
+    assert all(len(test["memory_gb_per_second"]) == 2 for test in said["tests"])
+    assert len(said["peak_bytes"]) == 1
     assert len(said["load"]["before"]) == 3
 
 
@@ -525,7 +547,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(cli, args, said):
 def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
-    newer = replace(found, date="2026-02-02T00:00:00+00:00", bandwidth=[30e9])
+    results_now = [replace(result, bandwidth=[20e9, 30e9]) for result in found.results]
+    newer = replace(found, date="2026-02-02T00:00:00+00:00", results=results_now)
     (results / "b.json").write_text(report.as_json(found))
     (results / "a.json").write_text(report.as_json(newer))
     compared = {
@@ -536,6 +559,7 @@ def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
         "median": {"pyllama-dist": 33, "llama.cpp": 20, "llama.cpp fa": 30},
         "compared_with": "llama.cpp fa",
         "ratio": {"median": 1.1, "min": 1, "max": 1.25},
+        "memory_share": 0.93,
     }
     comparison = {
         "kind": "llamacpp",
@@ -554,10 +578,10 @@ def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
         assert text.startswith("before\n<!-- results -->\n| machine |")
         assert text.endswith("\n<!-- /results -->\nafter\n")
         assert "old" not in text
-        assert "| A CPU (zen) | some | portable | 2 × 1 | tg10 @ d5 | 7.5 | 8.4 | 28 |" in text
+        assert "| A CPU (zen) | some | portable | 2 × 1 | tg10 @ d5 | 7.5 | 8.4 | 38 |" in text
         assert text.count("tg10") == 1
         assert (
-            "| A CPU (zen) | some | avx2 | 1 × 2 | tg128 | 33.0 | 30.0 | 1.10 (1.00 to 1.25) |"
+            "| A CPU (zen) | some | avx2 | 1 × 2 | tg128 | 33.0 | 30.0 | 1.10 (1.00 to 1.25) | 93 |"
             in text
         )
     nodes = {

@@ -25,6 +25,7 @@ from pyllama_dist.net.frames import (
 )
 from pyllama_dist.net.messages import (
     Allocated,
+    AskUsage,
     Bound,
     Bye,
     Error,
@@ -38,6 +39,7 @@ from pyllama_dist.net.messages import (
     Phase,
     Ready,
     Step,
+    Usage,
     WeightPart,
     WeightsEnd,
     Welcome,
@@ -102,6 +104,8 @@ EXAMPLES = {
     WeightsEnd: WeightsEnd(),
     Ready: Ready(),
     Step: Step(2**32 - 1, Batch((0, 1), (31, 0), (1,))),
+    AskUsage: AskUsage(),
+    Usage: Usage(1.5, 0.25, 1 << 40, 1 << 33),
     Bye: Bye(),
     Error: Error(Phase.NET, "no room", "10.0.0.2:9990"),
 }

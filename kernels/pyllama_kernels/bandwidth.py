@@ -8,6 +8,7 @@ a sum, so that none is left out by the compiler.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import numpy as np
 from llvmlite import ir
@@ -22,38 +23,44 @@ _SUMS = 8  # lines read in one turn of the loop, each into a sum of its own
 TURN = _LINE * _SUMS
 
 
-def read_bandwidth(n_threads: int, n_bytes: int = 1 << 30, passes: int = 5) -> list[float]:
-    """Reads a buffer from one end to the other, again and again.
+class MemoryReader:
+    """Threads that read a buffer from one end to the other, as often as they are asked to."""
 
-    Args:
-        n_threads: threads, each with its own part of the buffer.
-        n_bytes: size of the buffer; far more than the caches hold.
-        passes: how often; a pass before them, in which the kernel is compiled, does not count.
+    def __init__(self, n_threads: int, n_bytes: int = 1 << 30) -> None:
+        """Makes the buffer, and reads it once.
 
-    Returns:
-        Bytes per second of each pass.
+        Args:
+            n_threads: threads, each with its own part of the buffer.
+            n_bytes: size of the buffer; far more than the caches hold.
 
-    Raises:
-        ValueError: the buffer is too small to be shared out.
-    """
-    part = n_bytes // n_threads // TURN * TURN
-    if part == 0:
-        raise ValueError(f"{n_bytes} bytes for {n_threads} threads: {TURN} each are the least")
-    buffer = np.empty(part * n_threads + _LINE, np.uint8)
-    buffer.fill(1)  # pages that were never written are all the same one
-    first = buffer.ctypes.data + -buffer.ctypes.data % _LINE
-    found = []
-    with ThreadPoolExecutor(n_threads, "read") as threads:
-        for _ in range(1 + passes):
-            started = time.perf_counter()
-            reads = [
-                threads.submit(sum_of, first + i * part, first + (i + 1) * part)
-                for i in range(n_threads)
-            ]
-            for read in reads:
-                read.result()
-            found.append(part * n_threads / (time.perf_counter() - started))
-    return found[1:]
+        Raises:
+            ValueError: the buffer is too small to be shared out.
+        """
+        part = n_bytes // n_threads // TURN * TURN
+        if part == 0:
+            raise ValueError(f"{n_bytes} bytes for {n_threads} threads: {TURN} each are the least")
+        self._buffer = np.empty(part * n_threads + _LINE, np.uint8)
+        self._buffer.fill(1)  # pages that were never written are all the same one
+        first = self._buffer.ctypes.data + -self._buffer.ctypes.data % _LINE
+        self._parts = [(first + i * part, first + (i + 1) * part) for i in range(n_threads)]
+        self._threads = ThreadPoolExecutor(n_threads, "read")
+        self.bytes_per_second()
+
+    def bytes_per_second(self) -> float:
+        """Reads the whole buffer."""
+        started = time.perf_counter()
+        reads = [self._threads.submit(sum_of, *part) for part in self._parts]
+        for read in reads:
+            read.result()
+        seconds = time.perf_counter() - started
+        return sum(end - start for start, end in self._parts) / seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown()
+        del self._buffer, self._parts
 
 
 @intrinsic

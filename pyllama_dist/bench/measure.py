@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from pyllama_dist.errors import UsageError
+from pyllama_dist.node import Spent
 from pyllama_dist.program import Batch, ExpertMatmul, Matmul, Op, Program
 from pyllama_dist.root import Root
 
@@ -45,6 +46,16 @@ class Run:
     bytes_moved: int  # sent and received
 
 
+@dataclass(frozen=True)
+class Result:
+    """What the runs of a test have cost."""
+
+    test: Test
+    runs: Sequence[Run]
+    bandwidth: Sequence[float]  # bytes per second, read from memory right after each run
+    spent: Sequence[Spent]  # by each node in all runs, the root first
+
+
 class Bench:
     """A root, and how far its cache is filled.
 
@@ -74,6 +85,16 @@ class Bench:
         """What llama-bench does before it takes the time: the whole prompt, or one token."""
         self.run(test if test.kind == "pp" else replace(test, tokens=1))
 
+    def spent(self) -> list[Spent]:
+        """What steps have cost each node so far, the root first."""
+        usage = self._root.usage()
+        workers = [Spent(u.compute_seconds, u.sync_seconds, u.bytes_moved) for u in usage]
+        return [replace(self._root.node.spent), *workers]
+
+    def peak_bytes(self) -> list[int]:
+        """Memory that each worker has taken at most."""
+        return [usage.peak_bytes for usage in self._root.usage()]
+
     def _timed(self, test: Test) -> Run:
         before = replace(self._root.node.spent)
         started = time.perf_counter()
@@ -82,13 +103,8 @@ class Bench:
         else:
             self._write(test.depth, test.positions)
         seconds = time.perf_counter() - started
-        after = self._root.node.spent
-        return Run(
-            seconds,
-            after.compute_seconds - before.compute_seconds,
-            after.sync_seconds - before.sync_seconds,
-            after.bytes_moved - before.bytes_moved,
-        )
+        cost = self._root.node.spent - before
+        return Run(seconds, cost.compute_seconds, cost.sync_seconds, cost.bytes_moved)
 
     def _read(self, start: int, stop: int) -> None:
         """Positions as a prompt: in batches, with the logits of the last token."""
@@ -134,25 +150,30 @@ def measure(
     bench: Bench,
     tests: Sequence[Test],
     repetitions: int,
+    bandwidth: Callable[[], float],
     starting: Callable[[Test, int], None] = lambda test, run: None,
-) -> list[tuple[Test, list[Run]]]:
+) -> list[Result]:
     """Runs tests one after the other, each after a warm-up.
 
     Args:
         bench: a root with a context long enough for all of them.
         tests: what to run.
         repetitions: runs of each test.
+        bandwidth: bytes per second that can be read from memory, asked for after each run: it may
+            change from one second to the next.
         starting: told the test and the number of its run before each; the warm-up is run 0.
     """
     found = []
     for test in tests:
         starting(test, 0)
         bench.warm_up(test)
-        runs = []
+        before, runs, read = bench.spent(), [], []
         for run in range(1, repetitions + 1):
             starting(test, run)
             runs.append(bench.run(test))
-        found.append((test, runs))
+            read.append(bandwidth())
+        spent = [after - start for after, start in zip(bench.spent(), before, strict=True)]
+        found.append(Result(test, runs, read, spent))
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from statistics import fmean, median, stdev
 
-from pyllama_dist.bench.measure import Run, Test
+from pyllama_dist.bench.measure import Result, Test
 from pyllama_dist.bench.traffic import Traffic
 
 
@@ -43,11 +43,10 @@ class Report:
     date: str  # ISO 8601
     model: Model
     setting: Setting
-    results: Sequence[tuple[Test, Sequence[Run]]]
+    results: Sequence[Result]
     traffic: Mapping[Test, Sequence[Traffic]]  # of one run: each node's, worked out
     bytes_here: int  # of the matrices: what the nodes on this machine read for each token
-    bandwidth: Sequence[float]  # bytes per second, with the threads of these nodes
-    peak_bytes: Sequence[int]  # memory of the root, and of the workers that it started
+    peak_bytes: Sequence[int]  # memory of each node, the root first
     machine: Mapping[str, object]
     versions: Mapping[str, str]
     load: Mapping[str, Sequence[float]]  # load averages, "before" and "after"
@@ -55,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one test comes to; milliseconds are those of the root."""
+    """What one test comes to. What is told of each node begins with the root."""
 
     test: str
     p: int
@@ -66,10 +65,11 @@ class Figures:
     stdev: float
     median: float
     gb_per_second: float | None  # of matrices read by the nodes here; a prompt is not bound by it
-    memory_share: float | None  # of what their threads can read
-    compute_ms_per_token: float
-    sync_ms_per_token: float  # waiting for others included
-    kb_sent_per_token: Sequence[float]  # of each node, the root first
+    memory_share: float | None  # of what their threads can read, measured after each run
+    memory_gb_per_second: Sequence[float]
+    compute_ms_per_token: Sequence[float]  # of each node
+    sync_ms_per_token: Sequence[float]  # of each node, waiting for others included
+    kb_sent_per_token: Sequence[float]  # of each node
     kb_received_per_token: Sequence[float]
 
 
@@ -82,10 +82,9 @@ def as_json(report: Report) -> str:
             **asdict(report.model),
             **asdict(report.setting),
             "tests": [
-                asdict(figures(report, test, runs)) | {"seconds": [run.seconds for run in runs]}
-                for test, runs in report.results
+                asdict(figures(report, result)) | {"seconds": [run.seconds for run in result.runs]}
+                for result in report.results
             ],
-            "memory_gb_per_second": [rate / 1e9 for rate in report.bandwidth],
             "peak_bytes": report.peak_bytes,
             "machine": report.machine,
             "versions": report.versions,
@@ -99,8 +98,7 @@ def as_csv(report: Report) -> str:
     """A heading, and a line for each test."""
     common: dict[str, object] = {"date": report.date, "cpu": report.machine["cpu"]}
     common |= asdict(report.model) | asdict(report.setting)
-    common["memory_gb_per_second"] = max(report.bandwidth) / 1e9
-    rows = [common | _flat(asdict(figures(report, *result))) for result in report.results]
+    rows = [common | _flat(asdict(figures(report, result))) for result in report.results]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -122,29 +120,30 @@ def as_markdown(report: Report) -> str:
         f"{setting.threads}",
     ]
     lines = [heading, ["---"] * 6 + ["---:"] * (len(heading) - 6)]
-    for test, runs in report.results:
-        found = figures(report, test, runs)
+    for result in report.results:
+        found = figures(report, result)
         rate, share = found.gb_per_second, found.memory_share
         lines.append(
             [
                 *common,
-                test.name,
+                found.test,
                 f"{found.tokens_per_second:.2f} ± {found.stdev:.2f}",
                 f"{found.median:.2f}",
                 "" if rate is None else f"{rate:.2f}",
                 "" if share is None else f"{100 * share:.0f}",
-                f"{found.compute_ms_per_token:.2f}",
-                f"{found.sync_ms_per_token:.2f}",
+                _each(found.compute_ms_per_token, 2),
+                _each(found.sync_ms_per_token, 2),
                 _each(found.kb_sent_per_token),
                 _each(found.kb_received_per_token),
             ]
         )
     features = machine["features"]
+    read = [rate / 1e9 for result in report.results for rate in result.bandwidth]
     peak = ", ".join(f"{n / 1e6:.0f}" for n in report.peak_bytes)
     facts = [
         f"{machine['cpu']}, {machine['cores']} cores"
         + (f" ({', '.join(features)})" if isinstance(features, list) and features else ""),
-        f"memory read: {max(report.bandwidth) / 1e9:.1f} GB/s with "
+        f"memory read: {median(read):.1f} GB/s ({min(read):.1f} to {max(read):.1f}) with "
         f"{setting.threads * setting.nodes_here} threads",
         f"peak memory of each node: {peak} MB",
         f"load: {report.load['before'][0]:.2f} before, {report.load['after'][0]:.2f} after",
@@ -154,12 +153,15 @@ def as_markdown(report: Report) -> str:
     return table + "\n\n" + "\n".join(f"- {fact}" for fact in facts) + "\n"
 
 
-def figures(report: Report, test: Test, runs: Sequence[Run]) -> Figures:
+def figures(report: Report, result: Result) -> Figures:
     """What the runs of a test come to."""
+    test, runs = result.test, result.runs
     rates = [test.tokens / run.seconds for run in runs]
     tokens = test.tokens * len(runs)
     traffic = report.traffic[test]
-    read = median(rates) * report.bytes_here if test.kind == "tg" else None
+    # A prompt is not bound by memory.
+    read = [rate * report.bytes_here for rate in rates] if test.kind == "tg" else []
+    shares = [rate / most for rate, most in zip(read, result.bandwidth, strict=False)]
     return Figures(
         test=test.name,
         p=test.tokens if test.kind == "pp" else 0,
@@ -169,10 +171,11 @@ def figures(report: Report, test: Test, runs: Sequence[Run]) -> Figures:
         tokens_per_second=fmean(rates),
         stdev=stdev(rates) if len(rates) > 1 else 0.0,
         median=median(rates),
-        gb_per_second=None if read is None else read / 1e9,
-        memory_share=None if read is None else read / max(report.bandwidth),
-        compute_ms_per_token=1e3 * sum(run.compute_seconds for run in runs) / tokens,
-        sync_ms_per_token=1e3 * sum(run.sync_seconds for run in runs) / tokens,
+        gb_per_second=median(read) / 1e9 if read else None,
+        memory_share=median(shares) if shares else None,
+        memory_gb_per_second=[rate / 1e9 for rate in result.bandwidth],
+        compute_ms_per_token=[1e3 * node.compute_seconds / tokens for node in result.spent],
+        sync_ms_per_token=[1e3 * node.sync_seconds / tokens for node in result.spent],
         kb_sent_per_token=[node.sent / 1e3 / test.tokens for node in traffic],
         kb_received_per_token=[node.received / 1e3 / test.tokens for node in traffic],
     )
@@ -186,13 +189,13 @@ def _flat(fields: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _each(figures: Sequence[float]) -> str:
+def _each(figures: Sequence[float], digits: int = 1) -> str:
     """A figure of each node, the root first; nodes in a row that have the same are told once.
 
     >>> _each([9.25, 4.5, 4.5, 4.4]), _each([0.0])
     ('9.2, 2 × 4.5, 4.4', '0.0')
     """
-    runs = [(text, len(list(same))) for text, same in groupby(f"{f:.1f}" for f in figures)]
+    runs = [(text, len(list(same))) for text, same in groupby(f"{f:.{digits}f}" for f in figures)]
     return ", ".join(f"{count} × {text}" if count > 1 else text for text, count in runs)
 
 

@@ -72,17 +72,18 @@ def command(
     most likely one next; "@ d4096" says how many positions the cache held before. t/s is the mean
     of the repetitions ± their standard deviation, after a warm-up that does not count. GB/s is what
     the nodes of this machine read of the matrices, and its share of what as many threads read from
-    memory in the same run; of experts, those count that are chosen. Milliseconds are those of the
-    root, for each token; kB are those of the exchanges of each node, for each token, the root
-    first. -m and -t are short for --model and --nthreads; an unknown --shape is answered with those
-    that there are. Of a shape too large for these machines --layers takes a part, from which the
-    rest can be worked out.
+    memory right after each repetition; of experts, those count that are chosen. Milliseconds of
+    computing and of exchanging (waiting for others included) and kB of the exchanges are those of
+    each node, for each token, the root first. -m and -t are short for --model and --nthreads; an
+    unknown --shape is answered with those that there are. Of a shape too large for these machines
+    --layers takes a part, from which the rest can be worked out.
     """
     from datetime import UTC, datetime
 
     from pyllama_dist.bench import machine, report
     from pyllama_dist.bench.measure import check_fits, measure, plan_tests
     from pyllama_dist.bench.session import open_session
+    from pyllama_dist.memory_use import resident_bytes
 
     if shape is not None and model is not None:
         raise UsageError("--shape and --model are two models; give one of them")
@@ -102,12 +103,14 @@ def command(
         with progress_bar("weights") as progress:
             session = stack.enter_context(open_session(name, source, cluster, progress))
         threads = session.setting.threads * session.setting.nodes_here
-        loaded = machine.resident_bytes(peak=True)  # before the buffer of the next line
-        bandwidth = [machine.memory_bandwidth(threads)]
-        with _test_bar(len(tests) * (1 + repetitions)) as starting:
-            results = measure(session.bench, tests, repetitions, starting)
-        measured = machine.resident_bytes()
-        bandwidth.append(machine.memory_bandwidth(threads))
+        peak = [resident_bytes(peak=True)]  # before the buffer of the next line
+        with (
+            machine.memory_reader(threads) as reader,
+            _test_bar(len(tests) * (1 + repetitions)) as starting,
+        ):
+            results = measure(session.bench, tests, repetitions, reader.bytes_per_second, starting)
+        peak[0] = max(peak[0], resident_bytes())
+        peak += session.bench.peak_bytes()
     found = report.Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         model=session.model,
@@ -115,8 +118,7 @@ def command(
         results=results,
         traffic={test: session.traffic(test) for test in tests},
         bytes_here=session.bytes_here,
-        bandwidth=bandwidth,
-        peak_bytes=list(map(max, loaded, measured)),
+        peak_bytes=peak,
         machine=machine.facts(),
         versions=machine.versions(),
         load={"before": before, "after": machine.load_average()},

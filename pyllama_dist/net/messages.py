@@ -7,12 +7,13 @@ from msgspec import Meta, Struct
 
 from pyllama_dist.program import Batch, Program
 
-PROTOCOL = 3  # version of the protocol
+PROTOCOL = 4  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
+Seconds = Annotated[float, Meta(ge=0)]
 Session = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
@@ -115,6 +116,19 @@ class Step(_Message, frozen=True, tag="step"):
     batch: Batch
 
 
+class AskUsage(_Message, frozen=True, tag="ask_usage"):
+    """Root: what have the steps of this session cost?"""
+
+
+class Usage(_Message, frozen=True, tag="usage"):
+    """Worker: what they have cost this node."""
+
+    compute_seconds: Seconds
+    sync_seconds: Seconds  # waiting for others included
+    bytes_moved: Size  # by exchanges, sent and received
+    peak_bytes: Size  # memory of the process, at most since it began
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Root: the session is over."""
 
@@ -141,6 +155,8 @@ Message = (
     | WeightsEnd
     | Ready
     | Step
+    | AskUsage
+    | Usage
     | Bye
     | Error
 )
