@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.errors import UsageError
+from pyllama_dist.node import Spent
 from pyllama_dist.program import Batch
 from pyllama_dist.root import Root
 
@@ -25,6 +26,7 @@ class Timings:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    spent: Spent = field(default_factory=Spent)  # by the root, at both
 
 
 class Generation:
@@ -84,9 +86,10 @@ class Engine:
         timings = Timings(prompt_tokens=len(prompt), cached_tokens=shared)
 
         def tokens() -> Iterator[int]:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), replace(self.root.node.spent)
             logits = self._prefill(prompt, shared, interrupted)
             timings.prefill_seconds = time.perf_counter() - started
+            timings.spent = self.root.node.spent - before
             while logits is not None:
                 token = choose(logits)
                 if token in stop:
@@ -103,6 +106,7 @@ class Engine:
                 started = time.perf_counter()
                 logits = self._run([token])
                 timings.decode_seconds += time.perf_counter() - started
+                timings.spent = self.root.node.spent - before
 
         generation = Generation(tokens(), timings)
         return generation

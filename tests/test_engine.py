@@ -223,3 +223,13 @@ def test_logits_make_the_cache_forget_the_conversation(engine, make_engine):
     found, generation = generated(engine, PROMPT, max_tokens=3)
     assert generation.timings.cached_tokens == 0
     assert found == afresh(make_engine(), PROMPT, 3)
+
+
+def test_what_an_answer_has_cost_leaves_out_those_before(engine):
+    _, first = generated(engine, PROMPT, max_tokens=3)
+    before = engine.root.node.spent.compute_seconds
+    assert first.timings.spent.compute_seconds == before
+    _, second = generated(engine, PROMPT, max_tokens=3)
+    after = engine.root.node.spent.compute_seconds
+    assert second.timings.spent.compute_seconds == pytest.approx(after - before)
+    assert 0 < second.timings.spent.compute_seconds < after

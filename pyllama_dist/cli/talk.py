@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 
 import click
@@ -96,7 +97,7 @@ def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
         done = conversation.ask(prompt, steps, interrupted)
         for _ in done:
             pass
-    timings, node = done.generation.timings, conversation.engine.root.node
+    timings, program = done.generation.timings, conversation.engine.root.node.program
     print(
         json.dumps(
             {
@@ -106,13 +107,11 @@ def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
                 "tokens": done.tokens,
                 "prompt_tokens": done.prompt,
                 "finish_reason": done.generation.finish_reason,
-                "nodes": node.program.n_nodes,
+                "nodes": program.n_nodes,
                 "timings": {
                     "prefill_seconds": timings.prefill_seconds,
                     "decode_seconds": timings.decode_seconds,
-                    "compute_seconds": node.spent.compute_seconds,
-                    "sync_seconds": node.spent.sync_seconds,
-                    "bytes_moved": node.spent.bytes_moved,
+                    **asdict(timings.spent),
                 },
             }
         )
@@ -148,15 +147,15 @@ def chat(conversation: Conversation, steps: int) -> None:
 
 
 def _summary(conversation: Conversation, done: Answer) -> str:
-    timings, node = done.generation.timings, conversation.engine.root.node
+    timings, program = done.generation.timings, conversation.engine.root.node.program
     computed = timings.prompt_tokens - timings.cached_tokens
     prefill = computed / timings.prefill_seconds if timings.prefill_seconds else 0
     # The first token comes out of the prompt's last step; each further one takes a step.
     steps = max(0, timings.generated_tokens - 1)
     decode = steps / timings.decode_seconds if timings.decode_seconds else 0
     return (
-        f"[{node.program.n_nodes} nodes; prompt {computed} tokens, {prefill:.1f}/s; answer "
+        f"[{program.n_nodes} nodes; prompt {computed} tokens, {prefill:.1f}/s; answer "
         f"{timings.generated_tokens} tokens, {decode:.1f}/s; computing "
-        f"{node.spent.compute_seconds:.2f} s, exchanging {node.spent.sync_seconds:.2f} s, "
-        f"{node.spent.bytes_moved / 1000:.0f} kB]"
+        f"{timings.spent.compute_seconds:.2f} s, exchanging {timings.spent.sync_seconds:.2f} s, "
+        f"{timings.spent.bytes_moved / 1000:.0f} kB]"
     )
