@@ -332,20 +332,29 @@ def _add_tile(typingctx, page, blocks, weights, stride, totals):
             scales = asm.load(ir.VectorType(I16, PAGE), part).halves_as_floats(IN_HARDWARE)
             for i, row in enumerate(rows):
                 asm.store(asm.load(kind, row) * scales, scaled, 4 * PAGE * i)
-            for half in range(2):
-                places = [
-                    (totals + blocks * asm.constant(I64, 4 * 32 * i)).plus(block, 4 * 32)
-                    for i in range(TILE)
+            # Both halves of 32 at once: a weight that has been loaded serves two products.
+            places = {
+                (i, half): (totals + blocks * asm.constant(I64, 4 * 32 * i))
+                .plus(block, 4 * 32)
+                .plus(4 * PAGE * half)
+                for i in range(TILE)
+                for half in range(2)
+            }
+            sums = {key: asm.load(kind, place) for key, place in places.items()}
+            for lane in range(PAGE):
+                floats = [
+                    asm.load(bytes_, part, 2 * PAGE + 32 * lane + PAGE * half)
+                    .widened(wide, signed=True)
+                    .as_floats()
+                    for half in range(2)
                 ]
-                sums = [asm.load(kind, place, 4 * PAGE * half) for place in places]
-                for lane in range(PAGE):
-                    values = asm.load(bytes_, part, 2 * PAGE + 32 * lane + PAGE * half)
-                    floats = values.widened(wide, signed=True).as_floats()
-                    for i in range(TILE):
-                        weight = asm.load(F32, scaled, 4 * (PAGE * i + lane))
-                        sums[i] = asm.fused(asm.splat(weight, PAGE), floats, sums[i])
-                for place, total in zip(places, sums, strict=True):
-                    asm.store(total, place, 4 * PAGE * half)
+                for i in range(TILE):
+                    weight = asm.load(F32, scaled, 4 * (PAGE * i + lane))
+                    for half in range(2):
+                        factor = asm.splat(weight, PAGE)
+                        sums[i, half] = asm.fused(factor, floats[half], sums[i, half])
+            for key, place in places.items():
+                asm.store(sums[key], place)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
