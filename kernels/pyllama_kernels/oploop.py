@@ -109,6 +109,7 @@ OP = np.dtype(
         ("active", np.int64),  # experts chosen for each row
         ("active_groups", np.int64),
         ("normalize", np.int64),
+        ("together", np.int64),  # ops from this one on that several threads work on at once
     ],
     align=True,
 )
@@ -178,6 +179,34 @@ def count_parts(op: Any, step: Any, n_threads: int) -> int:
         return min(rows, n_threads)
     heads = op.heads if op.heads else 1
     return min(n_threads, 1 + rows * heads * n // _NUMBERS)
+
+
+@kernel
+def count_together(op: Any, n_threads: int) -> int:
+    """How many ops are opened with this one: products of the same input, for several threads."""
+    return op.together if n_threads > 1 else 1
+
+
+@kernel
+def count_parts_together(table: Any, i: int, step: Any, n_threads: int) -> int:
+    """The parts of all ops that are opened with op i."""
+    parts = 0
+    for row in range(i, i + count_together(table[i], n_threads)):
+        parts += count_parts(table[row], step, n_threads)
+    return parts
+
+
+@kernel
+def run_part_together(
+    table: Any, i: int, step: Any, part: int, thread: int, n_threads: int
+) -> None:
+    """One part of the ops that are opened with op i, by one thread."""
+    parts = count_parts(table[i], step, n_threads)
+    while part >= parts:
+        part -= parts
+        i += 1
+        parts = count_parts(table[i], step, n_threads)
+    run_part(table[i], step, part, parts, thread)
 
 
 @kernel
@@ -428,14 +457,14 @@ def bias(op: Any, a: int, z: int) -> Any:
 def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tuple[int, int]:
     """Op i of the table or, if it has nothing to do, the next one that has; and its parts.
 
-    At the end of the command there are 0 parts.
+    They are the parts of all ops that are opened with it. At the end of the command there are 0.
     """
     last, parts = atomic_load(state, LAST), 0
     while i < last:
-        parts = count_parts(table[i], step, n_threads)
+        parts = count_parts_together(table, i, step, n_threads)
         if parts > 0:
             break
-        i += 1
+        i += count_together(table[i], n_threads)
     return i, parts
 
 
@@ -487,14 +516,16 @@ def run(
             if parts == 0:
                 break
             if part >= parts:
-                wait_for_next(state, i, next_weights(table, i + 1, state, thread, n_threads))
+                after = i + count_together(table[i], n_threads)
+                wait_for_next(state, i, next_weights(table, after, state, thread, n_threads))
                 continue
             while parts > 0:
-                run_part(table[i], step, part, parts, thread)
+                run_part_together(table, i, step, part, thread, n_threads)
                 if parts > 1 and not is_last(state, parts):
                     break
                 # What has one part is done at once: to open it would only move its data about.
-                i, parts = find_next(table, i + 1, step, state, n_threads)
+                i += count_together(table[i], n_threads)
+                i, parts = find_next(table, i, step, state, n_threads)
                 part = 0
                 if parts != 1:
                     open_op(state, i, parts)

@@ -1,7 +1,7 @@
 """The fast executor: a program becomes a table of ops, which compiled threads work through."""
 
 import threading
-from itertools import islice
+from itertools import groupby, islice
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -52,6 +52,7 @@ _EXPERTS = {
     FloatType.Q40: Code.EXPERTS_Q40,
     FloatType.Q80: Code.EXPERTS_Q80,
 }
+_PRODUCTS = {*_MATMUL.values(), *_EXPERTS.values()}
 _ROWS: dict[Rows, int] = {
     "batch": oploop.N_ROWS,
     "logits": oploop.N_LOGITS,
@@ -162,14 +163,26 @@ def _table(
     rows: list[dict[str, float]] = []
     starts = [0]
     for segment in program.segments:
-        for op in segment.ops:
-            rows += lowering.rows(op)
+        lowered = [row for op in segment.ops for row in lowering.rows(op)]
+        for _, some in groupby(lowered, key=_input_of_products):
+            products = list(some)
+            # Opened by itself, since those before it had nothing to do, one takes those after it.
+            for i, row in enumerate(products):
+                row["together"] = len(products) - i
+        rows += lowered
         starts.append(len(rows))
     table = np.zeros(len(rows), OP)
     for row, fields in zip(table, rows, strict=True):
         for field, value in fields.items():
             row[field] = value
     return table, starts, lowering.addresses
+
+
+def _input_of_products(row: dict[str, float]) -> object:
+    """What products of the same input, in a row, have in common; no two other ops have it."""
+    if row["code"] in _PRODUCTS:
+        return row["code"], row["rows"], row["a"]
+    return id(row)
 
 
 class _AttentionMemory:
