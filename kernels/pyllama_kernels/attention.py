@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, float32, types
+from numba import carray, float32, int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
@@ -114,7 +114,7 @@ def attend(
         first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first
         for head in range(first_head, min(heads, stop_head), at_once):
             stop = min(heads, stop_head, head + at_once)
-            begin = 0
+            begin = int64(0)  # not a literal, which would be a type of its own to compile for
             while begin < rows:  # rows of one sequence after the other
                 end = begin + 1
                 while end < min(rows, begin + height) and slots[end] == slots[begin]:

@@ -197,21 +197,14 @@ def count_parts_together(table: Any, i: int, step: Any, n_threads: int) -> int:
 
 
 @kernel
-def run_part_together(
-    table: Any, i: int, step: Any, part: int, thread: int, n_threads: int
-) -> None:
+def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: int) -> None:
     """One part of the ops that are opened with op i, by one thread."""
     parts = count_parts(table[i], step, n_threads)
     while part >= parts:
         part -= parts
         i += 1
         parts = count_parts(table[i], step, n_threads)
-    run_part(table[i], step, part, parts, thread)
-
-
-@kernel
-def run_part(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
-    """One part of an op, by one thread."""
+    op = table[i]
     rows = step[op.rows]
     code, n, m = op.code, op.n, op.m
 
@@ -520,7 +513,7 @@ def run(
                 wait_for_next(state, i, next_weights(table, after, state, thread, n_threads))
                 continue
             while parts > 0:
-                run_part_together(table, i, step, part, thread, n_threads)
+                run_part(table, i, step, part, thread, n_threads)
                 if parts > 1 and not is_last(state, parts):
                     break
                 # What has one part is done at once: to open it would only move its data about.

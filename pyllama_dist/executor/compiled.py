@@ -167,8 +167,8 @@ def _table(
         for _, some in groupby(lowered, key=_input_of_products):
             products = list(some)
             # Opened by itself, since those before it had nothing to do, one takes those after it.
-            for i, row in enumerate(products):
-                row["together"] = len(products) - i
+            for i, product in enumerate(products):
+                product["together"] = len(products) - i
         rows += lowered
         starts.append(len(rows))
     table = np.zeros(len(rows), OP)
