@@ -151,6 +151,16 @@ def share(total: int, part: int, parts: int) -> tuple[int, int]:
 
 
 @kernel
+def falling_share(total: int, part: int, parts: int) -> tuple[int, int]:
+    """As `share`, but the last parts are the smallest, so that all threads end at about a time."""
+    start, stop = parts - part, parts - part - 1  # counted from the end, where parts grow by 2
+    return (
+        total - total * start * start // (parts * parts),
+        total - total * stop * stop // (parts * parts),
+    )
+
+
+@kernel
 def count_parts(op: Any, step: Any, n_threads: int) -> int:
     """Into how many parts an op is cut: enough for all threads, none too small to be worth it."""
     rows = step[op.rows]
@@ -242,7 +252,7 @@ def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: i
 
     elif code == Code.MATMUL_F32 or code == Code.EXPERTS_F32:
         height = m // op.heads
-        a, z = share(count_matrices(op) * height, part, parts)
+        a, z = falling_share(count_matrices(op) * height, part, parts)
         while a < z:
             i, first = a // height, a % height
             last = min(height, first + z - a)
@@ -255,7 +265,7 @@ def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: i
     elif code == Code.MATMUL_Q40 or code == Code.EXPERTS_Q40:
         height, blocks = m // op.heads, n // BLOCK
         groups = packed_rows(height) // GROUP
-        a, z = share(count_matrices(op) * groups, part, parts)
+        a, z = falling_share(count_matrices(op) * groups, part, parts)
         while a < z:
             i, group = a // groups, a % groups
             stop = min(groups, group + z - a)
@@ -269,7 +279,7 @@ def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: i
 
     elif code == Code.MATMUL_Q80 or code == Code.EXPERTS_Q80:
         height, blocks = m // op.heads, n // BLOCK
-        a, z = share(count_matrices(op) * height, part, parts)
+        a, z = falling_share(count_matrices(op) * height, part, parts)
         while a < z:
             i, first = a // height, a % height
             last = min(height, first + z - a)
