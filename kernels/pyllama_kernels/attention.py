@@ -203,7 +203,7 @@ def _attend(
                 unpack_numbers(keys[first + page], kind, page_keys)
                 b = page_at
             multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
-        if kind == KEPT_Q80 and not turned:
+        if kind == KEPT_Q80 and not turned:  # the first values, while scores become weights
             for line in range(0, _AHEAD, 64):
                 prefetch(address_of(values[first]) + line)
         for i in range(queries if mask.size else 0):
@@ -290,18 +290,23 @@ def _round_queries(query: Any, row_span: Any, head_span: Any, scale: Any, tiles:
 
 
 @kernel
-def _score(keys: Any, blocks: int, tiles: int, scores: int, stride: int, queries: int) -> None:
-    """Adds to [queries, positions] float32 the products with pages of Q80 keys."""
+def _score(
+    keys: Any, blocks: int, activations: int, scores: int, stride: int, queries: int
+) -> None:
+    """Adds to [queries, positions] float32 the products with pages of Q80 keys.
+
+    `activations` and `scores` are addresses, `stride` the bytes from one query's scores to the
+    next's.
+    """
     pages, size = keys.shape
-    tiles_ = (queries + TILE - 1) // TILE
-    lines = (2 * size // 64 + tiles_ * blocks - 1) // (tiles_ * blocks)
+    tiles = (queries + TILE - 1) // TILE
+    # Every tile brings its share of two later pages near: more at once would be waited for.
+    lines = (2 * size // 64 + tiles * blocks - 1) // (tiles * blocks)
     for page in range(0, pages, 2):
         at = address_of(keys[page])
-        for i in range(tiles_):
-            x, out = (
-                tiles + TILE * i * blocks * ROW_BYTES,
-                scores + TILE * i * stride + 4 * PAGE * page,
-            )
+        for i in range(tiles):
+            x = activations + TILE * i * blocks * ROW_BYTES
+            out = scores + TILE * i * stride + 4 * PAGE * page
             ahead = at + max(2 * size, _AHEAD) + 64 * lines * blocks * i
             if page + 1 < pages:
                 two_pages(at, size, x, blocks, out, stride, ahead, lines)
