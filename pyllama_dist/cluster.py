@@ -1,7 +1,6 @@
 """Brings up a root with its workers, here or elsewhere, and takes everything down again."""
 
 import logging
-import os
 import select
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import IO, Protocol
 import psutil
 
 from pyllama_dist.config import FloatType, ModelConfig
+from pyllama_dist.cores import available_cores, cpus_of_nodes, keep, kept_to
 from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import planned_bytes
@@ -65,14 +65,6 @@ class Cluster:
     def threads(self) -> int:
         """Threads of each node on this machine."""
         return self.n_threads or max(1, available_cores() // (1 + self.local_workers))
-
-
-def available_cores() -> int:
-    """Cores that this process may use, not counting hyperthreads."""
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
@@ -159,20 +151,22 @@ def open_root(
 
     prepare(cluster.notice)
     with ExitStack() as stack:
-        local = stack.enter_context(_local_workers(cluster.local_workers, n_threads))
+        own, *others = cpus_of_nodes(1 + cluster.local_workers, n_threads)
+        local = stack.enter_context(_local_workers(others, n_threads))
         dialer = stack.enter_context(_dialer()) if cluster.n_nodes > 1 else None
-        yield stack.enter_context(
-            Root(
+        with kept_to(own):  # as ZeroMQ's thread is from here on, which starts with the first socket
+            root = Root(
                 model,
                 plans,
                 n_threads=n_threads,
+                cpu=own,
                 timeout=cluster.timeout,
                 dialer=dialer,
                 # Lower nodes connect to higher ones: those on this machine reach the others.
                 workers=sorted((*local, *cluster.workers), key=lambda a: not a.is_loopback),
                 progress=count,
             )
-        )
+        yield stack.enter_context(root)
 
 
 @contextmanager
@@ -187,15 +181,22 @@ def _dialer() -> Iterator[Dialer]:
 
 
 @contextmanager
-def _local_workers(count: int, n_threads: int) -> Iterator[Sequence[Address]]:
-    """Workers on this machine, in processes of their own, each on a free port of the loopback."""
+def _local_workers(cpus: Sequence[int | None], n_threads: int) -> Iterator[Sequence[Address]]:
+    """Workers on this machine, in processes of their own, each on a free port of the loopback.
+
+    Args:
+        cpus: for each worker the CPU that it keeps to; None: any.
+        n_threads: threads of each.
+    """
     with ExitStack() as stack:
-        started = [stack.enter_context(_local_worker(n_threads)) for _ in range(count)]
+        started = [stack.enter_context(_local_worker(cpu, n_threads)) for cpu in cpus]
         yield [_address(process, errors) for process, errors in started]
 
 
 @contextmanager
-def _local_worker(n_threads: int) -> Iterator[tuple["subprocess.Popen[str]", IO[str]]]:
+def _local_worker(
+    cpu: int | None, n_threads: int
+) -> Iterator[tuple["subprocess.Popen[str]", IO[str]]]:
     """One worker. It ends when its standard input closes: also if this process is killed."""
     command = [sys.executable, "-m", "pyllama_dist", "worker", "--attached"]
     command += ["--host", "127.0.0.1", "--port", "0", "--nthreads", str(n_threads)]
@@ -208,6 +209,7 @@ def _local_worker(n_threads: int) -> Iterator[tuple["subprocess.Popen[str]", IO[
             text=True,
             start_new_session=True,  # ^C is for the root, which then ends its workers
         )
+        keep(process.pid, cpu)
         try:
             yield process, errors
         finally:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pyllama_dist import __version__
 from pyllama_dist.check import check_batch, check_program
+from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
 from pyllama_dist.net.frames import MAX_RAW
@@ -74,6 +75,7 @@ class Root:
         programs: Sequence[Program],
         *,
         n_threads: int,
+        cpu: int | None = None,
         timeout: float = 60.0,
         dialer: Dialer | None = None,
         workers: Sequence[Address] = (),
@@ -85,6 +87,7 @@ class Root:
             source: the model file.
             programs: one for each node, the root's first.
             n_threads: threads of this node.
+            cpu: the CPU that its steps keep to; None: any.
             timeout: seconds that an exchange may take.
             dialer: how workers are reached; None if there are none.
             workers: their addresses, in order.
@@ -100,6 +103,7 @@ class Root:
         self._mesh: Mesh | None = None
         self._number = 0
         self._phase = Phase.HELLO
+        self._cpu = cpu
         check_program(programs[0])  # our own: compiled ops trust whatever they get
         self._executor = make_executor(programs[0], n_threads)
         try:
@@ -143,7 +147,8 @@ class Root:
                 self._mesh.check()  # a worker that left and came back knows nothing of us
             for channel in self._channels:
                 channel.send(Step(self._number, batch))
-            self.node.step(self._number, batch)
+            with kept_to(self._cpu):
+                self.node.step(self._number, batch)
         except LostError as lost:
             raise self._blame(lost) from None
         logits = self.node.executor.memory.pipes["logits"]

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import psutil
 
 from pyllama_dist import __version__
-from pyllama_dist.cluster import available_cores
+from pyllama_dist.cores import available_cores
 from pyllama_kernels.bandwidth import MemoryReader
 from pyllama_kernels.cpu import features, host
 

@@ -109,7 +109,7 @@ def _cpu() -> Iterator[Check]:
 
 
 def _cores() -> Check:
-    from pyllama_dist.cluster import available_cores
+    from pyllama_dist.cores import available_cores
 
     logical, allowed, threads = os.cpu_count(), _allowed(), available_cores()
     found = f"{logical} logical, of which {allowed} may be used; threads by default: {threads}"

@@ -43,7 +43,7 @@ def command(
     A worker needs no model: a root connects, sends its part of the weights and the program to run.
     It serves one root after the other until it is ended with ^C.
     """
-    from pyllama_dist.cluster import available_cores
+    from pyllama_dist.cores import available_cores
     from pyllama_dist.executor import prepare
     from pyllama_dist.net.transport import Address
     from pyllama_dist.net.zeromq import ZmqListener

@@ -16,7 +16,6 @@ from pyllama_dist.net.zeromq.sockets import (
     GOODBYE_MS,
     LOST,
     NOBLOCK,
-    SPIN,
     Context,
     Socket,
     Watched,
@@ -29,6 +28,12 @@ from pyllama_dist.net.zeromq.sockets import (
     readable,
     yield_core,
 )
+
+# Seconds that a node looks for frames awake before it sleeps until one comes: that wakes up later.
+# Before each look it offers its core. If it gets that back late, others need it, and a node that
+# looks is in their way and its own: then so many exchanges sleep at once.
+LOOKING, CROWDED, RESTS = 1e-3, 1e-4, 256
+NAP_MS = 50  # then it looks whether its peers are still there
 
 
 @dataclass
@@ -58,6 +63,7 @@ class ZmqMesh:
         self._context, self._host = context, host
         self._peers: dict[int, _Peer] = {}
         self._names: Sequence[str] = ()
+        self._rests = 0  # exchanges to come that sleep at once
 
     def bind(self, nodes: Sequence[int]) -> list[int]:
         """See `Mesh`."""
@@ -104,30 +110,44 @@ class ZmqMesh:
         timeout: float,
     ) -> list[tuple[int, int]]:
         """See `Mesh`."""
-        started = time.monotonic()
+        deadline = time.monotonic() + timeout
         for node in to:
-            self._send(node, frame, started + timeout)
-        started = time.monotonic()
-        pending, found = list(frames), []
-        while True:
-            late = []
-            for node in pending:
-                socket = self._peers[node].socket
-                if readable(socket):
-                    found.append((node, socket.recv_into(frames[node], flags=NOBLOCK)))
-                else:
-                    late.append(node)
-            if not late:
-                return found
-            pending = late
-            if time.monotonic() < started + SPIN:
-                yield_core()
-                continue
-            watched = [(self._peers[node].socket, zmq.POLLIN) for node in pending]
-            deadline = started + timeout
-            if time.monotonic() > deadline or not self._poll(watched, deadline):
-                names = ", ".join(self._names[node] for node in pending)
-                raise LostError(f"sent nothing for {timeout:.0f} s", names)
+            self._send(node, frame, deadline)
+        deadline = time.monotonic() + timeout
+        found = self._look(frames)
+        late = [node for node in frames if node not in found]
+        while late:
+            try:
+                found[late[0]] = self._peers[late[0]].socket.recv_into(frames[late[0]])
+                del late[0]
+            except zmq.Again:
+                self.check()
+                if time.monotonic() > deadline:
+                    names = [self._names[i] for i in late if not readable(self._peers[i].socket)]
+                    if names:
+                        detail = f"sent nothing for {timeout:.0f} s"
+                        raise LostError(detail, ", ".join(names)) from None
+        return list(found.items())
+
+    def _look(self, frames: Mapping[int, memoryview]) -> dict[int, int]:
+        """Receives what comes soon, awake; returns who has sent how many bytes."""
+        found: dict[int, int] = {}
+        if self._rests:
+            self._rests -= 1
+            return found
+        looked = time.monotonic()
+        end = looked + LOOKING
+        while len(found) < len(frames) and looked < end:
+            yield_core()  # first of all to ZeroMQ's thread, which has a frame of ours to send
+            now = time.monotonic()
+            if now - looked > CROWDED:
+                self._rests = RESTS
+                break
+            looked = now
+            for node, memory in frames.items():
+                if node not in found and readable(socket := self._peers[node].socket):
+                    found[node] = socket.recv_into(memory, flags=NOBLOCK)
+        return found
 
     def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
         """See `Mesh`."""
@@ -164,6 +184,7 @@ class ZmqMesh:
         # PAIR takes one peer and no other: a stranger can neither hear nor speak in between.
         socket, monitor = open_socket(self._context, zmq.PAIR, wire.MAX_DATA, LOST)
         socket.reconnect_ivl = -1
+        socket.rcvtimeo = NAP_MS
         self._peers[node] = _Peer(socket, monitor)
         return self._peers[node]
 

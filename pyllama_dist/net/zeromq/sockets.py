@@ -34,10 +34,6 @@ REFUSED = (
 _HEARTBEAT_MS, _SILENCE_MS = 2_000, 10_000
 _NAP = 0.25  # seconds
 
-# Seconds that a node looks for frames awake before it sleeps until one comes: that wakes up later.
-# Between two looks it offers its core, so where others want it the time is soon over.
-SPIN = 1e-3
-
 # Not every system has it.
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 

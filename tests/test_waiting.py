@@ -1,0 +1,111 @@
+"""How a node waits for frames: awake for a short while if its core is its own, then asleep."""
+
+import threading
+import time
+from contextlib import ExitStack, closing
+
+import pytest
+import zmq
+
+from pyllama_dist.net.transport import Address, LostError
+from pyllama_dist.net.zeromq import mesh as mesh_module
+from pyllama_dist.net.zeromq.mesh import ZmqMesh
+
+pytestmark = pytest.mark.timeout(30)
+
+FRAME = bytes(range(64))
+NAMES = ("first", "second", "third")
+
+
+@pytest.fixture
+def nodes():
+    """The meshes of three nodes."""
+    with ExitStack() as stack:
+        context = zmq.Context()
+        stack.callback(context.destroy, linger=0)
+        meshes = [stack.enter_context(closing(ZmqMesh(context, "127.0.0.1"))) for _ in NAMES]
+        ports = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
+        for node, mesh in enumerate(meshes):
+            higher = range(node + 1, len(meshes))
+            mesh.connect({other: Address("127.0.0.1", ports[other][node]) for other in higher})
+        greetings = [
+            threading.Thread(target=mesh.greet, args=(bytes(16), node, NAMES, 10))
+            for node, mesh in enumerate(meshes)
+        ]
+        for greeting in greetings:
+            greeting.start()
+        for greeting in greetings:
+            greeting.join()
+        yield meshes
+
+
+def send(mesh, node):
+    assert mesh.exchange([node], memoryview(FRAME), {}, 10.0) == []
+
+
+def receive(mesh, *nodes, timeout=10.0):
+    memory = {node: memoryview(bytearray(len(FRAME))) for node in nodes}
+    found = mesh.exchange([], memoryview(b""), memory, timeout)
+    assert sorted(found) == [(node, len(FRAME)) for node in sorted(nodes)]
+    return [bytes(frame) for frame in memory.values()]
+
+
+def on_offer(monkeypatch, do):
+    """Does something each time that a node offers its core; counts how often that is."""
+    offers = []
+
+    def offer():
+        offers.append(None)
+        do(len(offers))
+
+    monkeypatch.setattr(mesh_module, "yield_core", offer)
+    return offers
+
+
+def test_a_frame_that_comes_soon_is_met_awake(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "LOOKING", 30.0)
+    monkeypatch.setattr(mesh_module, "CROWDED", 30.0)
+    offers = on_offer(monkeypatch, lambda count: count == 3 and send(nodes[1], 0))
+    assert receive(nodes[0], 1) == [FRAME]
+    assert len(offers) >= 3
+
+
+def test_frames_that_come_late_are_met_asleep(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "LOOKING", 0.0)
+    offers = on_offer(monkeypatch, lambda count: None)
+    naps = 3 * mesh_module.NAP_MS / 1000
+    late = [threading.Timer(naps / node, send, (nodes[node], 0)) for node in (1, 2)]
+    for timer in late:
+        timer.start()
+    assert receive(nodes[0], 1, 2) == [FRAME, FRAME]
+    for timer in late:
+        timer.join()
+    assert not offers
+
+
+def test_a_core_that_others_need_is_not_spent_on_looking(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "RESTS", 2)
+    offers = on_offer(monkeypatch, lambda count: time.sleep(2 * mesh_module.CROWDED))
+    counts = []
+    for _ in range(4):
+        send(nodes[1], 0)
+        assert receive(nodes[0], 1) == [FRAME]
+        counts.append(len(offers))
+    assert counts == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_frame_that_never_comes_is_a_deadline_of_who_has_not_sent(nodes, late):
+    send(nodes[3 - late], 0)
+    while not nodes[0]._peers[3 - late].socket.poll(1000):
+        pass
+    with pytest.raises(LostError, match=f"^lost {NAMES[late]}: sent nothing for 0 s$"):
+        receive(nodes[0], 1, 2, timeout=0.01)
+
+
+def test_a_sleeper_hears_of_a_peer_that_goes(nodes):
+    leaving = threading.Timer(0.1, nodes[2].close)
+    leaving.start()
+    with pytest.raises(LostError, match="lost third: its connection closed"):
+        receive(nodes[0], 1)
+    leaving.join()
