@@ -1,8 +1,10 @@
 """How a node waits for frames: awake for a short while if its core is its own, then asleep."""
 
+import os
 import threading
 import time
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 import zmq
@@ -10,6 +12,7 @@ import zmq
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.net.zeromq import mesh as mesh_module
 from pyllama_dist.net.zeromq.mesh import ZmqMesh
+from pyllama_dist.net.zeromq.sockets import open_context
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -21,7 +24,7 @@ NAMES = ("first", "second", "third")
 def nodes():
     """The meshes of three nodes."""
     with ExitStack() as stack:
-        context = zmq.Context()
+        context = open_context()
         stack.callback(context.destroy, linger=0)
         meshes = [stack.enter_context(closing(ZmqMesh(context, "127.0.0.1"))) for _ in NAMES]
         ports = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
@@ -109,3 +112,30 @@ def test_a_sleeper_hears_of_a_peer_that_goes(nodes):
     with pytest.raises(LostError, match="lost third: its connection closed"):
         receive(nodes[0], 1)
     leaving.join()
+
+
+def policies():
+    """How the threads of ZeroMQ are scheduled."""
+    threads = Path("/proc/self/task").iterdir()
+    names = {thread.name: (thread / "comm").read_text() for thread in threads}
+    return {os.sched_getscheduler(int(i)) for i, name in names.items() if name.startswith("ZMQ")}
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="needs Linux")
+def test_threads_of_zeromq_wait_for_their_turn(nodes):
+    assert policies() == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="needs Linux")
+def test_where_threads_may_not_choose_they_work_all_the_same(monkeypatch):
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    context = open_context()
+    try:
+        with context.socket(zmq.PAIR):
+            assert policies() == {os.SCHED_OTHER}
+    finally:
+        context.destroy(linger=0)

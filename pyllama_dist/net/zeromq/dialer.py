@@ -18,11 +18,11 @@ from pyllama_dist.net.zeromq.sockets import (
     REFUSED,
     SEND_SECONDS,
     WEIGHTS_AHEAD,
-    Context,
     Socket,
     close_socket,
     connect,
     events,
+    open_context,
     open_socket,
     parse,
     poll,
@@ -33,7 +33,7 @@ class ZmqDialer:
     """How a root reaches workers."""
 
     def __init__(self) -> None:
-        self._context: Context = zmq.Context()
+        self._context = open_context()
 
     def connect(self, address: Address) -> Channel:
         """A channel to a worker.

@@ -18,11 +18,11 @@ from pyllama_dist.net.zeromq.sockets import (
     LOST,
     REFUSED,
     WEIGHTS_AHEAD,
-    Context,
     Watched,
     bind,
     close_socket,
     events,
+    open_context,
     open_socket,
     parse,
     poll,
@@ -46,7 +46,7 @@ class ZmqListener:
         Raises:
             NodeError: the port is taken, or the host is not this machine's.
         """
-        self._context: Context = zmq.Context()
+        self._context = open_context()
         self._host = host
         self._socket, self._monitor = open_socket(
             self._context, zmq.ROUTER, wire.HARD_LIMIT, REFUSED | LOST

@@ -41,6 +41,32 @@ yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0
 NOBLOCK, _EVENTS, _POLLIN = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
 
 
+def open_context() -> Context:
+    """A context whose threads wait for their turn.
+
+    When a frame comes, ZeroMQ's thread need not take the core from a thread that computes: the
+    frame will not be looked at before that is done. Measured with 4 nodes of one thread on two
+    cores: 19 % more tokens/s, since such a thread then moves several frames each time it wakes up;
+    with 2 nodes, 4 %.
+    """
+    context = zmq.Context()
+    if _may_be_patient():
+        context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)
+    return context
+
+
+def _may_be_patient() -> bool:
+    """Whether threads may choose so: libzmq ends the process if they may not."""
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return False
+    try:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except OSError:
+        return False
+    return True
+
+
 def open_socket(context: Context, kind: int, limit: int, events: int) -> tuple[Socket, Socket]:
     """A socket with our options, and the monitor that reports these events of its connections.
 
