@@ -30,7 +30,7 @@ from pyllama_dist.net.zeromq.sockets import (
 )
 
 # Seconds that a node looks for frames awake before it sleeps until one comes: that wakes up later.
-# Before each look it offers its core. If it gets that back late, others need it, and a node that
+# Between two looks it offers its core. If it gets that back late, others need it, and a node that
 # looks is in their way and its own: then so many exchanges sleep at once.
 LOOKING, CROWDED, RESTS = 1e-3, 1e-4, 256
 NAP_MS = 50  # then it looks whether its peers are still there
@@ -113,6 +113,8 @@ class ZmqMesh:
         deadline = time.monotonic() + timeout
         for node in to:
             self._send(node, frame, deadline)
+        if to:
+            yield_core()  # to ZeroMQ's thread, or it might send only when this one has to wait
         deadline = time.monotonic() + timeout
         found = self._look(frames)
         late = [node for node in frames if node not in found]
@@ -135,18 +137,20 @@ class ZmqMesh:
         if self._rests:
             self._rests -= 1
             return found
-        looked = time.monotonic()
-        end = looked + LOOKING
-        while len(found) < len(frames) and looked < end:
-            yield_core()  # first of all to ZeroMQ's thread, which has a frame of ours to send
+        now = time.monotonic()
+        end = now + LOOKING
+        while now < end:
+            for node, memory in frames.items():
+                if node not in found and readable(socket := self._peers[node].socket):
+                    found[node] = socket.recv_into(memory, flags=NOBLOCK)
+            if len(found) == len(frames):
+                break
+            looked = time.monotonic()
+            yield_core()
             now = time.monotonic()
             if now - looked > CROWDED:
                 self._rests = RESTS
                 break
-            looked = now
-            for node, memory in frames.items():
-                if node not in found and readable(socket := self._peers[node].socket):
-                    found[node] = socket.recv_into(memory, flags=NOBLOCK)
         return found
 
     def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
