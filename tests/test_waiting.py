@@ -92,22 +92,32 @@ def test_frames_that_come_late_are_met_asleep(nodes, monkeypatch):
     assert len(offers) == 2  # by those who send
 
 
-def test_a_core_that_others_need_is_not_spent_on_looking(nodes, monkeypatch):
+def test_who_has_looked_in_vain_sleeps_at_once_for_a_while(nodes, monkeypatch):
     monkeypatch.setattr(mesh_module, "LOOKING", 30.0)
     monkeypatch.setattr(mesh_module, "CROWDED", 0.005)
-    monkeypatch.setattr(mesh_module, "RESTS", 2)
-    long = [2 * mesh_module.CROWDED]
-    offers = on_offer(monkeypatch, lambda count: time.sleep(long.pop() if long else 0))
-    counts = []
-    for _ in range(4):
-        offers.clear()
-        sending = threading.Timer(0.03, send, (nodes[1], 0))
+    monkeypatch.setattr(mesh_module, "RESTS", (2, 4))
+    offers = on_offer(monkeypatch, lambda count: time.sleep(2 * mesh_module.CROWDED))
+    low = nodes[0]
+    low._next_rests = 2
+
+    def looks(soon=False):
+        sending = threading.Timer(0.0 if soon else 0.03, send, (nodes[1], 0))
         sending.start()
-        assert receive(nodes[0], 1) == [FRAME]
+        while soon and not low._peers[1].socket.poll(1000):
+            pass
+        assert receive(low, 1) == [FRAME]
         sending.join()
-        counts.append(len(offers))
-    assert counts[:3] == [2, 1, 1]  # one of them by who sends
-    assert counts[3] > 2
+        count = len(offers) - 1  # one by who sends
+        offers.clear()
+        return count
+
+    assert [looks() for _ in range(13)] == [1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    send(low, 1)  # hears nothing, and learns nothing
+    offers.clear()
+    assert looks() == 1
+    assert [looks() for _ in range(4)] == [0, 0, 0, 0]
+    assert looks(soon=True) == 0
+    assert [looks() for _ in range(4)] == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("late", [1, 2])

@@ -30,9 +30,12 @@ from pyllama_dist.net.zeromq.sockets import (
 )
 
 # Seconds that a node looks for frames awake before it sleeps until one comes: that wakes up later.
-# Between two looks it offers its core. If it gets that back late, others need it, and a node that
-# looks is in their way and its own: then so many exchanges sleep at once.
-LOOKING, CROWDED, RESTS = 1e-3, 1e-4, 256
+# Between two looks it offers its core. If it gets that back late, others need it. If nothing comes
+# though it looks, they may need it all the same: to offer a core is not always to give it away.
+LOOKING, CROWDED = 1e-3, 1e-4
+# A node that has looked in vain is in the way of others, and its own. So many exchanges sleep at
+# once then: after each further time in vain twice as many, up to the last number.
+RESTS = 32, 4096
 NAP_MS = 50  # then it looks whether its peers are still there
 
 
@@ -64,6 +67,7 @@ class ZmqMesh:
         self._peers: dict[int, _Peer] = {}
         self._names: Sequence[str] = ()
         self._rests = 0  # exchanges to come that sleep at once
+        self._next_rests = RESTS[0]
 
     def bind(self, nodes: Sequence[int]) -> list[int]:
         """See `Mesh`."""
@@ -134,23 +138,25 @@ class ZmqMesh:
     def _look(self, frames: Mapping[int, memoryview]) -> dict[int, int]:
         """Receives what comes soon, awake; returns who has sent how many bytes."""
         found: dict[int, int] = {}
+        if not frames:
+            return found
         if self._rests:
             self._rests -= 1
             return found
-        now = time.monotonic()
+        looked = now = time.monotonic()
         end = now + LOOKING
-        while now < end:
+        while now < end and now - looked < CROWDED:
             for node, memory in frames.items():
                 if node not in found and readable(socket := self._peers[node].socket):
                     found[node] = socket.recv_into(memory, flags=NOBLOCK)
             if len(found) == len(frames):
-                break
+                self._next_rests = RESTS[0]
+                return found
             looked = time.monotonic()
             yield_core()
             now = time.monotonic()
-            if now - looked > CROWDED:
-                self._rests = RESTS
-                break
+        self._rests = self._next_rests
+        self._next_rests = min(2 * self._rests, RESTS[1])
         return found
 
     def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
