@@ -3,6 +3,7 @@
 Products of matrices are in `test_matrix`, attention in `test_attention`.
 """
 
+import itertools
 import math
 import struct
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pyllama_dist.executor.memory import rope_tables
-from pyllama_kernels import blocks, oploop, ops, reference
+from pyllama_kernels import blocks, ops, optable, products, reference
 from pyllama_kernels.exponential import exp, exp_of_differences
 
 KERNELS = pytest.mark.parametrize("kernels", [ops, reference], ids=["compiled", "reference"])
@@ -238,8 +239,18 @@ def test_gather(kernels, n_rows, count, n, seed):
 
 @given(st.integers(0, 10_000), st.integers(1, 33))
 def test_shares_of_threads_tile_the_whole(total, n_threads):
-    shares = [oploop.share(total, thread, n_threads) for thread in range(n_threads)]
+    shares = [optable.share(total, thread, n_threads) for thread in range(n_threads)]
     assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
     assert shares[-1][1] == total
     sizes = [stop - start for start, stop in shares]
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(0, 10_000), st.integers(1, 33))
+def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
+    shares = [products.falling_share(total, part, parts) for part in range(parts)]
+    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
+    assert shares[-1][1] == total
+    sizes = [stop - start for start, stop in shares]
+    assert all(later <= sooner + 1 for sooner, later in itertools.pairwise(sizes))
+    assert abs(sizes[-1] - total / parts**2) <= 1

@@ -36,7 +36,7 @@ _BITS = 20  # of a ticket for the parts, and for the parts taken
 _MASK = (1 << _BITS) - 1
 
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
-_LINES, _LINE_BYTES = 1000, 64  # that are brought near, one with each spin
+_AHEAD, _LINES, _LINE_BYTES = 4096, 8, 64  # lines that are brought near, some with each spin
 _YIELDS = 50  # then give the core away
 _NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
 
@@ -71,8 +71,10 @@ def wait_for_next(state: Any, op: int, ahead: int) -> None:
     """Waits until the op is no longer open, and brings near what will be read from `ahead`."""
     tries = 0
     while atomic_load(state, TICKET) >> (2 * _BITS) == op:
-        if tries < _LINES and ahead:
-            prefetch(ahead + _LINE_BYTES * tries)
+        first = _LINES * tries
+        if first < _AHEAD and ahead:
+            for line in range(first, first + _LINES):
+                prefetch(ahead + _LINE_BYTES * line)
         tries = _rest(tries)
 
 

@@ -35,9 +35,9 @@ from pyllama_dist.program import (
     Store,
     own_slot,
 )
-from pyllama_kernels import oploop, team
+from pyllama_kernels import oploop, optable, team
 from pyllama_kernels.attention import scratch_bytes
-from pyllama_kernels.oploop import OP, Code
+from pyllama_kernels.optable import OP, Code
 from pyllama_kernels.selection import select_scratch_bytes
 
 _JOIN_SECONDS = 5.0
@@ -54,9 +54,9 @@ _EXPERTS = {
 }
 _PRODUCTS = {*_MATMUL.values(), *_EXPERTS.values()}
 _ROWS: dict[Rows, int] = {
-    "batch": oploop.N_ROWS,
-    "logits": oploop.N_LOGITS,
-    "experts": oploop.N_PAIRS,
+    "batch": optable.N_ROWS,
+    "logits": optable.N_LOGITS,
+    "experts": optable.N_PAIRS,
 }
 
 
@@ -73,13 +73,13 @@ class CompiledExecutor:
         self._table, self._starts, self._addresses = _table(program, self.memory)
         self._state = team.new_state()
         self._attention = _AttentionMemory(program, n_threads)
-        self._step = np.zeros(oploop.STEP_WORDS, np.int64)
-        self._step[oploop.SLOTS] = _address(self.memory.slots)
-        self._step[oploop.POSITIONS] = _address(self.memory.positions)
-        self._step[oploop.LOGITS] = _address(self.memory.logits)
-        self._step[oploop.PARTS] = _address(self._attention.parts)
-        self._step[oploop.SCRATCH] = _address(self._attention.scratch)
-        self._step[oploop.SCRATCH_BYTES] = self._attention.scratch.shape[1]
+        self._step = np.zeros(optable.STEP_WORDS, np.int64)
+        self._step[optable.SLOTS] = _address(self.memory.slots)
+        self._step[optable.POSITIONS] = _address(self.memory.positions)
+        self._step[optable.LOGITS] = _address(self.memory.logits)
+        self._step[optable.PARTS] = _address(self._attention.parts)
+        self._step[optable.SCRATCH] = _address(self._attention.scratch)
+        self._step[optable.SCRATCH_BYTES] = self._attention.scratch.shape[1]
         self._stepping = False
         # Not semaphores: those are Python code, which ^C can leave locked.
         self._enter: list[SimpleQueue[bool]] = [SimpleQueue() for _ in range(n_threads - 1)]
@@ -93,9 +93,9 @@ class CompiledExecutor:
     def begin(self, batch: Batch) -> None:
         """Takes the rows that the segments will work on, and calls the team."""
         self.memory.set_batch(batch)
-        self._step[oploop.N_ROWS] = self.memory.n_rows
-        self._step[oploop.N_LOGITS] = self.memory.n_logits
-        self._step[oploop.N_PAIRS] = self.memory.n_pairs
+        self._step[optable.N_ROWS] = self.memory.n_rows
+        self._step[optable.N_LOGITS] = self.memory.n_logits
+        self._step[optable.N_PAIRS] = self.memory.n_pairs
         self._stepping = True
         oploop.call(self._state)
         for enter in self._enter:
@@ -142,7 +142,7 @@ class CompiledExecutor:
 
 def warm_up() -> None:
     """Compiles the op loop, or loads it from the cache."""
-    table, step, state = np.zeros(1, OP), np.zeros(oploop.STEP_WORDS, np.int64), team.new_state()
+    table, step, state = np.zeros(1, OP), np.zeros(optable.STEP_WORDS, np.int64), team.new_state()
     oploop.call(state)
     oploop.run(table, 0, 0, step, state, 0, 1)
     oploop.dismiss(state)

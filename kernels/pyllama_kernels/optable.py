@@ -1,0 +1,115 @@
+"""The table of ops that the op loop works through: what a row says, and how it is read."""
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from pyllama_kernels.jit import kernel
+from pyllama_kernels.lowlevel import float32_pointer, int64_pointer, uint8_pointer
+from pyllama_kernels.plans import EXPERTS, HEAD, ROOM, plan_words
+
+
+class Code(IntEnum):
+    """What an op does: the kernel of the same name."""
+
+    RMS_NORM = 0
+    QUANTIZE = 1
+    PACK_Q80 = 2
+    MATMUL_F32 = 3
+    MATMUL_Q40 = 4
+    MATMUL_Q80 = 5
+    ROPE = 6
+    STORE_KEYS = 7
+    STORE_VALUES = 8
+    ATTEND = 9
+    JOIN = 10
+    SILU_MUL = 11
+    MERGE_F32 = 12
+    MERGE_Q80 = 13
+    ADD = 14
+    GATHER = 15
+    LAYER_NORM = 16
+    CONCAT = 17
+    SELECT = 18
+    ROUTE = 19
+    MAKE_PLAN = 20
+    DISPATCH = 21  # gathers the rows of a plan
+    QUANTIZE_EXPERTS = 22
+    EXPERTS_F32 = 23  # for each expert, the kernel that `MATMUL_F32` is for a batch
+    EXPERTS_Q40 = 24
+    EXPERTS_Q80 = 25
+    COMBINE = 26
+
+
+# Addresses are of the first byte; `n` and `m` are values in a row of the input and of the output.
+OP = np.dtype(
+    [
+        ("code", np.int64),
+        ("rows", np.int64),  # which word of a step counts the rows that are written
+        ("a", np.int64),  # first input
+        ("b", np.int64),  # second input: up, value cache, sin
+        ("c", np.int64),  # third input: bias, key cache, cos
+        ("w", np.int64),  # weight; for experts: the addresses of their weights
+        ("out", np.int64),
+        ("n", np.int64),
+        ("m", np.int64),
+        ("heads", np.int64),
+        ("kv_heads", np.int64),
+        ("seq_len", np.int64),
+        ("n_slots", np.int64),
+        ("kind", np.int64),  # of a cache, see `cache`
+        ("pages", np.int64),
+        ("page_bytes", np.int64),
+        ("first", np.int64),
+        ("group", np.int64),
+        ("parts", np.int64),
+        ("stride", np.int64),  # bytes between the parts of a pipe
+        ("epsilon", np.float64),
+        ("scale", np.float64),  # of scores, or of experts' weights
+        ("plan", np.int64),  # see `plans`
+        ("active", np.int64),  # experts chosen for each row
+        ("active_groups", np.int64),
+        ("normalize", np.int64),
+        ("together", np.int64),  # ops from this one on that several threads work on at once
+    ],
+    align=True,
+)
+
+# The words of `step`, an int64 array: counts of rows (of the batch, with logits, of experts), the
+# addresses of the rows' facts, and of memory for attention: the chunks' results, and scratch of so
+# many bytes for each thread.
+N_ROWS, N_LOGITS, N_PAIRS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(9)
+STEP_WORDS = 9
+
+
+@kernel
+def f32(address: int, *shape: int) -> Any:
+    """Float32 memory as an array of the given shape."""
+    return carray(float32_pointer(address), shape)
+
+
+@kernel
+def u8(address: int, *shape: int) -> Any:
+    """Uint8 memory as an array of the given shape."""
+    return carray(uint8_pointer(address), shape)
+
+
+@kernel
+def i64(address: int, n: int) -> Any:
+    """Int64 memory as an array of n."""
+    return carray(int64_pointer(address), (n,))
+
+
+@kernel
+def plan_at(address: int) -> Any:
+    """A plan, int64."""
+    head = i64(address, HEAD)
+    return i64(address, plan_words(head[EXPERTS], head[ROOM]))
+
+
+@kernel
+def share(total: int, part: int, parts: int) -> tuple[int, int]:
+    """A part of `total` things: start and stop."""
+    return total * part // parts, total * (part + 1) // parts
