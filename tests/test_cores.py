@@ -88,13 +88,15 @@ def two_cpus():
     os.sched_setaffinity(0, before)
 
 
-def places(process, name=""):
-    """The CPUs that the threads of a process keep to, of those whose name begins like that."""
-    found = set()
-    for thread in Path(f"/proc/{process}/task").iterdir():
-        if (thread / "comm").read_text().startswith(name):
-            found.add(frozenset(os.sched_getaffinity(int(thread.name))))
-    return found
+def threads(process, name=""):
+    """The threads of a process whose name begins like that."""
+    found = Path(f"/proc/{process}/task").iterdir()
+    return {int(thread.name) for thread in found if (thread / "comm").read_text().startswith(name)}
+
+
+def places(threads):
+    """The CPUs that threads keep to."""
+    return {frozenset(os.sched_getaffinity(thread)) for thread in threads}
 
 
 @needs_linux
@@ -102,6 +104,7 @@ def places(process, name=""):
 def test_the_nodes_of_a_cluster_keep_their_places(two_cpus, monkeypatch):
     first, second = ({frozenset({cpu})} for cpu in two_cpus)
     cluster = Cluster(local_workers=2, n_threads=1, max_seq_len=16)
+    before = threads(os.getpid())
     with (
         open_model(BUILTIN) as parts,
         open_root(parts.file, cluster, lambda done, total: None) as root,
@@ -115,6 +118,6 @@ def test_the_nodes_of_a_cluster_keep_their_places(two_cpus, monkeypatch):
         monkeypatch.setattr(root.node, "step", watched)
         assert root.step([1], Batch((0,), (0,), (0,))).size
         assert os.sched_getaffinity(0) == set(two_cpus)
-        assert places(os.getpid(), "ZMQ") == first
-        workers = [places(worker.pid) for worker in psutil.Process().children()]
+        assert places(threads(os.getpid(), "ZMQ") - before) == first
+        workers = [places(threads(worker.pid)) for worker in psutil.Process().children()]
         assert sorted(workers, key=[first, second].index) == [first, second]
