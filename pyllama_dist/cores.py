@@ -20,7 +20,7 @@ def cpus_of_nodes(n_nodes: int, n_threads: int) -> list[int | None]:
 
     Where nodes of one thread leave no CPU free, the system moves them and ZeroMQ's threads about,
     often to one that is busy while another has nothing to do. Kept in their places, 4 nodes on 2
-    cores are 8 to 20 % faster, 2 nodes 3 to 8 %.
+    cores were 7 to 20 % faster in four comparisons, 2 nodes 1 to 8 %.
 
     Args:
         n_nodes: nodes on this machine.
