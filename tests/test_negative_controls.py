@@ -115,8 +115,9 @@ def test_a_norm_before_the_reduction(golden):
             for before, mix, after in halves:
                 yield layers.norm("x", "y", at + before)
                 yield from mix(layer)
-                yield layers.norm("partials", "partials", at + after)
-                yield from layers.all_reduce("sum")
+                parts = "sum" if layers.alone else "partials"
+                yield layers.norm(parts, parts, at + after)
+                yield from layers.all_reduce()
                 yield Add("sum", "x")
         yield from layers.head()
 

@@ -42,13 +42,13 @@ def _steps(c: ModelConfig, layers: Layers) -> Iterator[Step]:
         at = f"layers.{layer}."
         yield layers.norm("x", "y", f"{at}input_layernorm")
         yield from layers.mix_positions(layer)
-        yield from layers.all_reduce("sum")
+        yield from layers.all_reduce()
         # A norm is not linear: it must see the whole sum, never a node's part of it.
         yield layers.norm("sum", "y", f"{at}post_self_attn_layernorm")
         yield Add("y", "x")
         yield layers.norm("x", "y", f"{at}post_attention_layernorm")
         yield from layers.mix_values(layer)
-        yield from layers.all_reduce("sum")
+        yield from layers.all_reduce()
         yield layers.norm("sum", "y", f"{at}post_mlp_layernorm")
         yield Add("y", "x")
     yield from layers.head()

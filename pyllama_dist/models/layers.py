@@ -45,13 +45,14 @@ class Layers:
     A model is written down as one stream of ops and syncs; `program` cuts it into segments after
     each sync. Memory that all pieces use: `x` is the residual, `y` its normed copy, `partials` the
     pipe on which nodes exchange their parts of a sum over the inputs of `o_proj` and `down_proj`,
-    `sum` that sum.
+    `sum` that sum: of a single node, all there is.
     """
 
     def __init__(self, config: ModelConfig, plan: Plan, node: int) -> None:
         self.c, self.plan, self.node = config, plan, node
         self.share = plan.shares[node]
         self.quantized = config.weights is not FloatType.F32
+        self.alone = plan.n_nodes == 1
         # As long as every position fits, all are selected: there is nothing to pick.
         wanted = config.indexer is not None and plan.seq_len > config.indexer.top_k
         self.indexer = config.indexer if wanted else None
@@ -66,11 +67,11 @@ class Layers:
         for layer in range(self.c.n_layers):
             yield self.norm("x", "y", f"layers.{layer}.input_layernorm")
             yield from self.mix_positions(layer)
-            yield from self.all_reduce("sum")
+            yield from self.all_reduce()
             yield Add("sum", "x")
             yield self.norm("x", "y", f"layers.{layer}.post_attention_layernorm")
             yield from self.mix_values(layer)
-            yield from self.all_reduce("sum")
+            yield from self.all_reduce()
             yield Add("sum", "x")
         yield from self.head()
 
@@ -200,10 +201,11 @@ class Layers:
             yield Add("routed", self._into)
         yield from self._send()
 
-    def all_reduce(self, target: str) -> Iterator[Step]:
-        """partials -> target: every node sends its partial sums to all, and adds up all of them."""
-        yield Sync("partials", SyncKind.NODE_SLICES)
-        yield Merge("partials", target)
+    def all_reduce(self) -> Iterator[Step]:
+        """partials -> sum: every node sends its partial sums to all, and adds up all of them."""
+        if not self.alone:
+            yield Sync("partials", SyncKind.NODE_SLICES)
+            yield Merge("partials", "sum")
 
     def head(self) -> Iterator[Step]:
         """x -> logits, of the rows that need them; the root collects the nodes' parts."""
@@ -227,7 +229,7 @@ class Layers:
             pipes=self._pipes(),
             buffers=tuple(self._buffers()),
             caches=tuple(self._caches()),
-            segments=tuple(_segments(steps, alone=plan.n_nodes == 1)),
+            segments=tuple(_segments(steps, alone=self.alone)),
         )
 
     def _select(self, layer: int, indexer: Indexer) -> Iterator[Op]:
@@ -260,9 +262,10 @@ class Layers:
 
     def _pipes(self) -> tuple[Pipe, ...]:
         vocab = tuple(share.vocab[1] - share.vocab[0] for share in self.plan.shares)
+        partials = Pipe("partials", self.plan.sync, (self.c.dim,) * self.plan.n_nodes)
         return (
             Pipe("x", FloatType.F32, (self.c.dim,)),
-            Pipe("partials", self.plan.partials, (self.c.dim,) * self.plan.n_nodes),
+            *(() if self.alone else (partials,)),
             Pipe("logits", FloatType.F32, vocab, rows="logits"),
         )
 
@@ -335,12 +338,12 @@ class Layers:
 
     @property
     def _into(self) -> str:
-        """Where partial sums are made: in the pipe, unless they are rounded on their way there."""
-        return "partials" if self.plan.partials is FloatType.F32 else "sum"
+        """Where partial sums are made: in the pipe, if they travel as they are."""
+        return "partials" if self.plan.sync is FloatType.F32 and not self.alone else "sum"
 
     def _send(self) -> Iterator[Op]:
         """Rounds partial sums where they travel as Q80."""
-        if self._into == "sum":
+        if self._into == "sum" and not self.alone:
             yield Quantize("sum", "partials")
 
     def _name(self, source: str) -> str:

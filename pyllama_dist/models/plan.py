@@ -23,11 +23,6 @@ class Plan:
         """Root and workers."""
         return len(self.shares)
 
-    @property
-    def partials(self) -> FloatType:
-        """How partial sums are kept. A single node has nobody to send them to: float32."""
-        return self.sync if self.n_nodes > 1 else FloatType.F32
-
 
 def shares(config: ModelConfig, n_nodes: int) -> tuple[Share, ...]:
     """The share of each node of a model.
