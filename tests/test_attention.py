@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllama_dist.executor.memory import zeros
+from pyllama_dist.executor.arena import arena
 from pyllama_kernels import attention, blocks, cache, pages, reference
 from pyllama_kernels.pages import KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
 
@@ -84,7 +84,7 @@ def test_storing_writes_its_rows_and_nothing_else(by, is_key, kind, n_rows, head
 
 def random_pages(kind: int, head_dim: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Pages of any finite numbers, [*shape, page bytes] uint8."""
-    found = zeros((1, math.prod(shape), 1, pages.page_bytes(kind, head_dim)), np.uint8)
+    found = arena([(1, math.prod(shape), 1, pages.page_bytes(kind, head_dim))])[0]
     x = normal(seed, PAGE, math.prod(shape), head_dim)
     lanes = np.arange(PAGE)
     cache.store_keys(x, np.zeros(PAGE, np.int64), lanes, kind, found)

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.config import FloatType, Pairs, Scoring
-from pyllama_dist.executor.memory import Memory, ops_of, parts_bytes, rope_kind, zeros
+from pyllama_dist.executor.arena import arena
+from pyllama_dist.executor.memory import Memory, ops_of, parts_bytes, rope_kind
 from pyllama_dist.program import (
     Add,
     Attention,
@@ -70,16 +71,23 @@ class CompiledExecutor:
     def __init__(self, program: Program, n_threads: int) -> None:
         self.memory = Memory(program)
         self._n_threads = n_threads
-        self._table, self._starts, self._addresses = _table(program, self.memory)
+        rows, self._starts, self._addresses = _lower(program, self.memory)
+        parts, scratch = _attention_bytes(program)
+        table, self._parts, self._scratch = arena(
+            [(len(rows), OP.itemsize), (parts,), (n_threads, scratch)]
+        )
+        self._table = table.reshape(-1).view(OP)
+        for entry, row in zip(self._table, rows, strict=True):
+            for field, value in row.items():
+                entry[field] = value
         self._state = team.new_state()
-        self._attention = _AttentionMemory(program, n_threads)
         self._step = np.zeros(optable.STEP_WORDS, np.int64)
         self._step[optable.SLOTS] = _address(self.memory.slots)
         self._step[optable.POSITIONS] = _address(self.memory.positions)
         self._step[optable.LOGITS] = _address(self.memory.logits)
-        self._step[optable.PARTS] = _address(self._attention.parts)
-        self._step[optable.SCRATCH] = _address(self._attention.scratch)
-        self._step[optable.SCRATCH_BYTES] = self._attention.scratch.shape[1]
+        self._step[optable.PARTS] = _address(self._parts)
+        self._step[optable.SCRATCH] = _address(self._scratch)
+        self._step[optable.SCRATCH_BYTES] = scratch
         self._stepping = False
         # Not semaphores: those are Python code, which ^C can leave locked.
         self._enter: list[SimpleQueue[bool]] = [SimpleQueue() for _ in range(n_threads - 1)]
@@ -152,9 +160,9 @@ def _address(array: npt.NDArray[Any]) -> int:
     return array.ctypes.data
 
 
-def _table(
+def _lower(
     program: Program, memory: Memory
-) -> tuple[npt.NDArray[Any], list[int], list[npt.NDArray[np.int64]]]:
+) -> tuple[list[dict[str, float]], list[int], list[npt.NDArray[np.int64]]]:
     """The program as rows of OP, and where each segment starts (one entry more than segments).
 
     With the addresses of experts' weights, which rows point to: they must live as long.
@@ -171,11 +179,7 @@ def _table(
                 product["together"] = len(products) - i
         rows += lowered
         starts.append(len(rows))
-    table = np.zeros(len(rows), OP)
-    for row, fields in zip(table, rows, strict=True):
-        for field, value in fields.items():
-            row[field] = value
-    return table, starts, lowering.addresses
+    return rows, starts, lowering.addresses
 
 
 def _input_of_products(row: dict[str, float]) -> object:
@@ -185,20 +189,16 @@ def _input_of_products(row: dict[str, float]) -> object:
     return id(row)
 
 
-class _AttentionMemory:
-    """What attention needs beside a program's memory."""
-
-    def __init__(self, program: Program, n_threads: int) -> None:
-        ops = ops_of(program, Attention)
-        parts = max((parts_bytes(program, op) for op in ops), default=0)
-        needs = [scratch_bytes(cache.head_dim) for cache in program.caches]
-        widths = {b.name: b.width for b in program.buffers}
-        for op in ops_of(program, Select):
-            heads = widths[op.weights]
-            needs.append(select_scratch_bytes(heads, widths[op.query] // max(1, heads)))
-        scratch = max(needs, default=0)
-        self.parts = zeros((parts,), np.uint8)
-        self.scratch = zeros((n_threads, -(-scratch // 64) * 64), np.uint8)
+def _attention_bytes(program: Program) -> tuple[int, int]:
+    """What attention needs beside a program's memory: for the chunks, and for each thread."""
+    ops = ops_of(program, Attention)
+    parts = max((parts_bytes(program, op) for op in ops), default=0)
+    needs = [scratch_bytes(cache.head_dim) for cache in program.caches]
+    widths = {b.name: b.width for b in program.buffers}
+    for op in ops_of(program, Select):
+        heads = widths[op.weights]
+        needs.append(select_scratch_bytes(heads, widths[op.query] // max(1, heads)))
+    return parts, -(-max(needs, default=0) // 64) * 64
 
 
 class _Lowering:

@@ -1,8 +1,6 @@
 """The memory of one node: pipes, buffers, caches and weights, all allocated once."""
 
-import mmap
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.config import FloatType, RopeScaling
+from pyllama_dist.executor.arena import U8, arena
 from pyllama_dist.program import (
     Attention,
     Batch,
@@ -38,12 +37,9 @@ from pyllama_kernels.pages import CHUNK, FEW, PAGE, page_bytes
 from pyllama_kernels.plans import most_tile_rows, new_plan, plan_words
 
 F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 RopeKind = tuple[int, float, RopeScaling | None]  # rotary_dim, theta, scaling
-_HUGE = 2 << 20  # bytes of a huge page
 _POSITIONS = 4096  # whose angles are worked out at once
-_T = TypeVar("_T", bound=np.generic)
 _Op = TypeVar("_Op", bound=Op)
 
 # Before each slot of a pipe, so that a frame's head and its data can be sent as they lie.
@@ -119,12 +115,25 @@ def _buffer_bytes(program: Program, buffer: Buffer) -> int:
     return activation_bytes(max(rows, 4), buffer.width)
 
 
+def _cache_shape(program: Program, cache: Cache) -> tuple[int, ...]:
+    pages = -(-program.seq_len // PAGE)
+    size = page_bytes(cache.float_type.value, cache.head_dim)
+    return program.n_slots, cache.kv_heads, pages, size
+
+
 def _room(weight: Weight) -> int:
     """Bytes that a weight takes: matrices of Q40 are kept in groups of 16 rows."""
     rows, cols = weight.shape
     if weight.float_type is FloatType.Q40:
         return packed_rows(rows) * weight.float_type.row_bytes(cols)
     return weight.nbytes
+
+
+def _typed(program: Program, buffer: Buffer, memory: U8) -> F32 | U8:
+    """A buffer's memory as its numbers: [rows, width] float32, or as it is."""
+    if buffer.float_type is FloatType.F32:
+        return memory.view(np.float32).reshape(program.rows_of(buffer.rows), buffer.width)
+    return memory
 
 
 @dataclass(frozen=True)
@@ -153,33 +162,6 @@ class PipeMemory:
     def f32(self, slot: int, rows: int) -> F32:
         """The first rows of a float32 slot, [rows, width]."""
         return self.payload(slot, rows).view(np.float32)
-
-
-def zeros(shape: tuple[int, ...], dtype: type[_T]) -> npt.NDArray[_T]:
-    """Zeros that start at a cache line; pages that are never touched are never taken."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return _arenas([size])[0].view(dtype).reshape(shape)
-
-
-def _arenas(sizes: Sequence[int]) -> list[U8]:
-    """Zeroed memory of these sizes, one after the other, each from a cache line on.
-
-    In one piece, and in huge pages where the system gives them: in pages of 4 KiB, looking up
-    addresses made matrices of 2 MB 15 % slower to read.
-    """
-    starts = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)])
-    total = int(starts[-1])
-    if total < _HUGE:
-        raw = np.zeros(total + 64, np.uint8)
-        raw = raw[-raw.ctypes.data % 64 :]
-    else:
-        memory = mmap.mmap(-1, total + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        raw = np.frombuffer(memory, np.uint8)
-        raw = raw[-raw.ctypes.data % _HUGE :]
-    return [raw[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def rope_tables(
@@ -220,13 +202,32 @@ class Memory:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.pipes = {pipe.name: self._pipe(pipe) for pipe in program.pipes}
-        self.buffers = {buffer.name: self._buffer(buffer) for buffer in program.buffers}
-        self.caches = {cache.name: self._cache(cache) for cache in program.caches}
-        # Beside each route: which rows go to which expert.
-        self.plans = {name: self._plan(count) for name, count in _routes(program).items()}
         self._specs = list(weights(program))
-        self._rooms = _arenas([_room(weight) for weight in self._specs])
+        routes = _routes(program)
+        memory = iter(
+            arena(
+                [
+                    (len(slots_used(program, pipe)), pipe_bytes(program, pipe))
+                    for pipe in program.pipes
+                ]
+                + [(_buffer_bytes(program, buffer),) for buffer in program.buffers]
+                + [_cache_shape(program, cache) for cache in program.caches]
+                + [(8 * _plan_words(program, n_experts),) for n_experts in routes.values()]
+                + [(_room(weight),) for weight in self._specs]
+            )
+        )
+        self.pipes = {
+            pipe.name: PipeMemory(pipe, next(memory), slots_used(program, pipe))
+            for pipe in program.pipes
+        }
+        self.buffers = {b.name: _typed(program, b, next(memory)) for b in program.buffers}
+        self.caches = {cache.name: next(memory) for cache in program.caches}
+        # Beside each route: which rows go to which expert.
+        self.plans = {
+            name: new_plan(n_experts, program.rows_of("experts"), next(memory).view(np.int64))
+            for name, n_experts in routes.items()
+        }
+        self._rooms = list(memory)
         # As they arrive, in the order of a file; `settle` turns them into what kernels read.
         self.weights: list[U8] = [
             room[: weight.nbytes] for room, weight in zip(self._rooms, self._specs, strict=True)
@@ -238,25 +239,6 @@ class Memory:
         self.positions: I64 = np.zeros(program.max_rows, np.int64)
         self.logits: I64 = np.zeros(program.max_logits, np.int64)
         self.n_rows = self.n_logits = self.n_pairs = 0
-
-    def _pipe(self, pipe: Pipe) -> PipeMemory:
-        held = slots_used(self.program, pipe)
-        memory = zeros((len(held), pipe_bytes(self.program, pipe)), np.uint8)
-        return PipeMemory(pipe, memory, held)
-
-    def _buffer(self, buffer: Buffer) -> F32 | U8:
-        if buffer.float_type is FloatType.F32:
-            return zeros((self.program.rows_of(buffer.rows), buffer.width), np.float32)
-        return zeros((_buffer_bytes(self.program, buffer),), np.uint8)
-
-    def _cache(self, cache: Cache) -> U8:
-        p = self.program
-        pages, size = -(-p.seq_len // PAGE), page_bytes(cache.float_type.value, cache.head_dim)
-        return zeros((p.n_slots, cache.kv_heads, pages, size), np.uint8)
-
-    def _plan(self, n_experts: int) -> I64:
-        words = zeros((_plan_words(self.program, n_experts),), np.int64)
-        return new_plan(n_experts, self.program.rows_of("experts"), words)
 
     def settle(self, index: int) -> None:
         """A weight is complete: brings it into the order in which the kernels read it."""

@@ -6,7 +6,8 @@ from typing import Self
 import numpy as np
 
 from pyllama_dist.config import FloatType, Pairs, Scoring
-from pyllama_dist.executor.memory import F32, I64, U8, Memory, rope_kind
+from pyllama_dist.executor.arena import U8
+from pyllama_dist.executor.memory import F32, I64, Memory, rope_kind
 from pyllama_dist.program import (
     Add,
     Attention,
