@@ -154,6 +154,28 @@ def test_batches_and_decode_steps_are_the_same_on_any_number_of_threads(tiny, ca
                 np.testing.assert_array_equal(found, expected)
 
 
+@CACHES
+@pytest.mark.parametrize("n_kv_heads", [2, 3, 5])
+@pytest.mark.parametrize("arch", [Arch.GLM4, Arch.QWEN3], ids=lambda a: a.name)
+def test_threads_share_the_heads_of_a_short_context(tiny, run_of, arch, n_kv_heads, cache):
+    """Where it is worth it: the other models here are too small."""
+    sizes = {"n_kv_heads": n_kv_heads, "n_heads": 4 * n_kv_heads, "head_dim": 128, "n_layers": 1}
+    model = tiny(arch=arch, weights=FloatType.Q40, **sizes)
+    limits = {"cache": cache}
+    with ExitStack() as stack:
+        one, *others = (stack.enter_context(compiled(model, n, **limits)) for n in (1, 2, 3, 7))
+        twin = stack.enter_context(plain(model, **limits))
+        assert one._table["units"].max() == n_kv_heads
+        for position in range(20):
+            tokens = (position * 7 % 101,)
+            expected = step(model, one, tokens, run_of(position, tokens))
+            for several in others:
+                found = step(model, several, tokens, run_of(position, tokens))
+                np.testing.assert_array_equal(found, expected)
+            close = step(model, twin, tokens, run_of(position, tokens))
+            assert_close(expected, close, FloatType.Q40)
+
+
 def test_many_steps_in_a_row(tiny, run_of):
     model = tiny(weights=FloatType.Q40)
     with compiled(model, 2) as one, plain(model) as other:

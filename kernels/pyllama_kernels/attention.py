@@ -122,7 +122,7 @@ def attend(
                 last, ready = positions[begin:end].max() + 1, False
                 for chunk in range(chunks):
                     unit += 1
-                    if unit % n_threads != thread:
+                    if (unit - 1) % n_threads != thread:
                         continue
                     row_span, head_span = (begin, end), (head, stop)
                     if not ready:
@@ -188,7 +188,8 @@ def _attend(
     as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == m)
     size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
     # Many positions of the keys, then as many of the values: each is read as a stream.
-    at_once = _positions_at_once(room)
+    pairs = max(1, (stop - start + 2 * PAGE - 1) // (2 * PAGE))  # these rows may end before `start`
+    at_once = min(_positions_at_once(room), 2 * PAGE * pairs)
     row_bytes = 4 * at_once
     scores = carray(float32_pointer(scores_at), (room, at_once))
     for block in range(start, stop, at_once):
@@ -204,7 +205,7 @@ def _attend(
                 b = page_at
             multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
         if kind == KEPT_Q80 and not turned:  # the first values, while scores become weights
-            for line in range(0, _AHEAD, 64):
+            for line in range(0, min(_AHEAD, pages * values.shape[1]), 64):
                 prefetch(address_of(values[first]) + line)
         for i in range(queries if mask.size else 0):
             added = mask[first_row + i // heads, block:]

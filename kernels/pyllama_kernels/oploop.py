@@ -30,6 +30,7 @@ from pyllama_kernels.optable import (
     share,
     u8,
 )
+from pyllama_kernels.pages import CHUNK
 from pyllama_kernels.plans import EXPERTS, PAIRS, lists
 from pyllama_kernels.products import (
     activations,
@@ -54,13 +55,23 @@ _FAR = 16  # ops between two matrices, at most
 _SHARES = 4  # parts for each thread of what takes long: a thread that is slow gets fewer
 _PRODUCTS = 1 << 17  # in a part of a matrix product, at least
 _SCORES = 1 << 19  # products for scores in a part of attention, at least
+_WORTH_SHARING = 1 << 16  # products for scores of a short context, and what goes with them
+_AS_POSITIONS = 64  # what goes with them takes as long as so many positions
 _NUMBERS = 1 << 12  # in a part of anything else, at least
 
 
 @kernel
-def count_together(op: Any, n_threads: int) -> int:
-    """How many ops are opened with this one: products of the same input, for several threads."""
-    return op.together if n_threads > 1 else 1
+def count_together(op: Any, step: Any, n_threads: int) -> int:
+    """How many ops are opened with this one: see `OP`."""
+    if n_threads == 1 or op.together == 0:
+        return 1
+    if op.units:
+        # For longer contexts attention is cut by itself, into chunks of positions too.
+        one_row = step[N_ROWS] == 1
+        seen = i64(step[POSITIONS], 1)[0] + _AS_POSITIONS if one_row else 0
+        if not one_row or seen > CHUNK or seen * op.heads * op.n < _WORTH_SHARING:
+            return 1
+    return op.together
 
 
 @kernel
@@ -74,6 +85,8 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> int:
     if n_threads == 1 or rows == 0:
         return min(rows, 1)
     code, n = op.code, op.n
+    if op.units and count_together(op, step, n_threads) > 1:
+        return min(n_threads, op.units)
     if is_product(op):
         outputs = 0
         for row in range(i, i + op.together):
@@ -103,17 +116,26 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> int:
 def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: int) -> None:
     """One part of the ops that are opened with op i, by one thread."""
     parts = count_parts(table, i, step, n_threads)
-    op = table[i]
+    together = count_together(table[i], step, n_threads)
+    if is_product(table[i]):
+        multiply_together(table, i, i + together, step, part, parts)
+        return
+    units = table[i].units if together > 1 and table[i].units else parts
+    first, last = share(units, part, parts)
+    for unit in range(first, last):
+        for j in range(i, i + together):
+            run_op(table[j], step, unit, units, thread)
+
+
+@kernel
+def run_op(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
+    """One part of one op that is no product, by one thread."""
     rows = step[op.rows]
     code, n, m = op.code, op.n, op.m
 
-    if is_product(op):
-        multiply_together(table, i, i + count_together(op, n_threads), step, part, parts)
-
-    elif code == Code.RMS_NORM:
-        a, z = share(rows, part, parts)
+    if code == Code.RMS_NORM:
+        a, z = share(rows * op.heads, part, parts)
         x, out = f32(op.a, rows * op.heads, n), f32(op.out, rows * op.heads, n)
-        a, z = a * op.heads, z * op.heads
         ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
 
     elif code == Code.LAYER_NORM:
@@ -233,7 +255,9 @@ def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: i
         )
 
     elif code == Code.SILU_MUL:
-        a, z = share(rows * n, part, parts)
+        # In whole blocks, as the op that rounds the result is cut.
+        a, z = share((rows * n + BLOCK - 1) // BLOCK, part, parts)
+        a, z = BLOCK * a, min(BLOCK * z, rows * n)
         gate, up, y = f32(op.a, rows * n), f32(op.b, rows * n), f32(op.out, rows * n)
         ops.silu_mul(gate[a:z], up[a:z], y[a:z])
 
@@ -277,12 +301,12 @@ def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tupl
         parts = count_parts(table, i, step, n_threads)
         if parts > 0:
             break
-        i += count_together(table[i], n_threads)
+        i += count_together(table[i], step, n_threads)
     return i, parts
 
 
 @kernel
-def next_weights(table: Any, i: int, state: Any, thread: int, n_threads: int) -> int:
+def next_weights(table: Any, i: int, step: Any, state: Any, thread: int, n_threads: int) -> int:
     """Where a thread will probably go on to read, or 0: a part of the next matrix from op i on.
 
     Who finishes an op is the first to take a part of the next; who waits comes after.
@@ -291,7 +315,7 @@ def next_weights(table: Any, i: int, state: Any, thread: int, n_threads: int) ->
     while i < last:
         op = table[i]
         if op.code == Code.MATMUL_Q40:
-            units = count_units(table, i, i + count_together(op, n_threads))
+            units = count_units(table, i, i + count_together(op, step, n_threads))
             first = falling_share(units, max(1, thread), _SHARES * n_threads)[0]
             return op.w + first * (op.n // BLOCK) * GROUP_BYTES
         i += 1
@@ -329,15 +353,16 @@ def run(
             if parts == 0:
                 break
             if part >= parts:
-                after = i + count_together(table[i], n_threads)
-                wait_for_next(state, i, next_weights(table, after, state, thread, n_threads))
+                after = i + count_together(table[i], step, n_threads)
+                ahead = next_weights(table, after, step, state, thread, n_threads)
+                wait_for_next(state, i, ahead)
                 continue
             while parts > 0:
                 run_part(table, i, step, part, thread, n_threads)
                 if parts > 1 and not is_last(state, parts):
                     break
                 # What has one part is done at once: to open it would only move its data about.
-                i += count_together(table[i], n_threads)
+                i += count_together(table[i], step, n_threads)
                 i, parts = find_next(table, i, step, state, n_threads)
                 part = 0
                 if parts != 1:

@@ -1,7 +1,7 @@
 """The fast executor: a program becomes a table of ops, which compiled threads work through."""
 
 import threading
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -54,6 +54,7 @@ _EXPERTS = {
     FloatType.Q80: Code.EXPERTS_Q80,
 }
 _PRODUCTS = {*_MATMUL.values(), *_EXPERTS.values()}
+_BY_HEAD = {Code.RMS_NORM, Code.ROPE, Code.STORE_KEYS, Code.STORE_VALUES}
 _ROWS: dict[Rows, int] = {
     "batch": optable.N_ROWS,
     "logits": optable.N_LOGITS,
@@ -177,9 +178,43 @@ def _lower(
             # Opened by itself, since those before it had nothing to do, one takes those after it.
             for i, product in enumerate(products):
                 product["together"] = len(products) - i
+        _share_heads(lowered)
+        _share_blocks(lowered)
         rows += lowered
         starts.append(len(rows))
     return rows, starts, lowering.addresses
+
+
+def _share_heads(rows: list[dict[str, float]]) -> None:
+    """Has what belongs to attention done together, head by head: from the products to their next.
+
+    Not where a node has query heads without their key head's others: a key head would not stand
+    for the same number of query heads everywhere.
+    """
+    for at, attend in enumerate(rows):
+        if attend["code"] != Code.ATTEND or attend["first"] or attend["kv_heads"] < 2:
+            continue
+        if attend["heads"] != attend["kv_heads"] * attend["group"]:
+            continue
+        first = at
+        while first > 0 and rows[first - 1]["code"] in _BY_HEAD:
+            first -= 1
+        last = at + 2  # after JOIN
+        if last < len(rows) and rows[last]["code"] == Code.QUANTIZE:
+            last += 1
+        heads = {attend["heads"], attend["kv_heads"]}
+        if all(row["heads"] in heads for row in rows[first:at]):
+            rows[first] |= {"together": last - first, "units": attend["kv_heads"]}
+
+
+def _share_blocks(rows: list[dict[str, float]]) -> None:
+    """Has what goes through the activation function rounded by who made it."""
+    for row, after in pairwise(rows):
+        if row["code"] == Code.SILU_MUL and after["code"] in (
+            Code.QUANTIZE,
+            Code.QUANTIZE_EXPERTS,
+        ):
+            row["together"] = 2
 
 
 def _input_of_products(row: dict[str, float]) -> object:
