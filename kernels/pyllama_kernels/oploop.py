@@ -113,27 +113,33 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> int:
 
 
 @kernel
-def run_part(table: Any, i: int, step: Any, part: int, thread: int, n_threads: int) -> None:
-    """One part of the ops that are opened with op i, by one thread."""
-    parts = count_parts(table, i, step, n_threads)
-    together = count_together(table[i], step, n_threads)
-    if is_product(table[i]):
-        multiply_together(table, i, i + together, step, part, parts)
-        return
-    units = table[i].units if together > 1 and table[i].units else parts
-    first, last = share(units, part, parts)
-    for unit in range(first, last):
-        for j in range(i, i + together):
-            run_op(table[j], step, unit, units, thread)
+def cut(op: Any, step: Any, part: int, parts: int, n_threads: int) -> tuple[int, int, int, int]:
+    """What a part of the ops that are opened with an op is made of.
+
+    Its first unit, the one after its last, all units; and the ops that are run for each unit, one
+    after the other. Products have one unit for each part: they are cut within `multiply_together`.
+    """
+    together = count_together(op, step, n_threads)
+    if is_product(op) or together == 1 or op.units == 0:
+        return part, part + 1, parts, 1 if is_product(op) else together
+    first, last = share(op.units, part, parts)
+    return first, last, op.units, together
 
 
 @kernel
-def run_op(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
-    """One part of one op that is no product, by one thread."""
+def run_unit(
+    table: Any, i: int, step: Any, part: int, parts: int, thread: int, n_threads: int
+) -> None:
+    """One part of op i, by one thread; of products, of all that are opened with it."""
+    op = table[i]
     rows = step[op.rows]
     code, n, m = op.code, op.n, op.m
 
-    if code == Code.RMS_NORM:
+    if is_product(op):
+        last = i + count_together(op, step, n_threads)
+        multiply_together(table, i, last, step, part, parts)
+
+    elif code == Code.RMS_NORM:
         a, z = share(rows * op.heads, part, parts)
         x, out = f32(op.a, rows * op.heads, n), f32(op.out, rows * op.heads, n)
         ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
@@ -358,7 +364,11 @@ def run(
                 wait_for_next(state, i, ahead)
                 continue
             while parts > 0:
-                run_part(table, i, step, part, thread, n_threads)
+                unit, stop, units, count = cut(table[i], step, part, parts, n_threads)
+                while unit < stop:
+                    for j in range(i, i + count):
+                        run_unit(table, j, step, unit, units, thread, n_threads)
+                    unit += 1
                 if parts > 1 and not is_last(state, parts):
                     break
                 # What has one part is done at once: to open it would only move its data about.
