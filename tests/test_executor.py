@@ -12,8 +12,19 @@ from pyllama_dist.executor import make_executor
 from pyllama_dist.executor.compiled import CompiledExecutor
 from pyllama_dist.executor.memory import Memory, planned_bytes
 from pyllama_dist.executor.reference import ReferenceExecutor
-from pyllama_dist.program import Add, Batch, Buffer, Program, Rope, Segment, weights
+from pyllama_dist.program import (
+    Add,
+    Batch,
+    Buffer,
+    Program,
+    Quantize,
+    Rope,
+    Segment,
+    SiluMul,
+    weights,
+)
 from pyllama_kernels import layout, team
+from pyllama_kernels.optable import Code
 from pyllama_kernels.pages import read_positions
 
 WEIGHTS = pytest.mark.parametrize(
@@ -174,6 +185,55 @@ def test_threads_share_the_heads_of_a_short_context(tiny, run_of, arch, n_kv_hea
                 np.testing.assert_array_equal(found, expected)
             close = step(model, twin, tokens, run_of(position, tokens))
             assert_close(expected, close, FloatType.Q40)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_rows"),
+    [({"ffn_dim": 257 * 32}, 1), ({"ffn_dim": 13 * 32}, 70), ({"arch": Arch.GLM4_MOE}, 70)],
+    ids=["row", "rows", "experts"],
+)
+def test_threads_round_what_they_activate(tiny, run_of, sizes, n_rows):
+    """In whole blocks, which no number of threads here divides."""
+    model = tiny(weights=FloatType.Q40, **sizes)
+    tokens = tuple(i * 7 % 101 for i in range(n_rows))
+    limits = {"max_rows": n_rows, "max_logits": n_rows, "seq_len": 80}
+    with compiled(model, **limits) as one:
+        assert (one._table["code"][one._table["together"] == 2] == Code.SILU_MUL).any()
+        expected = step(model, one, tokens, run_of(0, tokens))
+    with plain(model, **limits) as twin:
+        assert_close(expected, step(model, twin, tokens, run_of(0, tokens)), FloatType.Q40)
+    for n_threads in (2, 3, 5):
+        with compiled(model, n_threads, **limits) as several:
+            for _ in range(20):  # a race need not show at once
+                found = step(model, several, tokens, run_of(0, tokens))
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_rounded_head_by_head_waits_for_all_that_is_activated():
+    """There a part needs others than its own: a worker may be sent any program."""
+
+    def together(heads, source="hidden"):
+        buffers = tuple(Buffer(name, FloatType.F32, 64) for name in ("gate", "up", "hidden"))
+        ops = (SiluMul("gate", "up", "hidden"), Quantize(source, "hidden_q80", heads))
+        program = Program(
+            n_nodes=1,
+            node=0,
+            max_rows=5,
+            max_logits=1,
+            n_experts=0,
+            n_slots=1,
+            seq_len=8,
+            pipes=(),
+            buffers=(*buffers, Buffer("hidden_q80", FloatType.Q80, 64)),
+            caches=(),
+            segments=(Segment("activate", ops),),
+        )
+        with CompiledExecutor(program, 1) as executor:
+            return executor._table["together"].tolist()
+
+    assert together(heads=1) == [2, 1]
+    assert together(heads=2) == [1, 1]
+    assert together(heads=1, source="up") == [1, 1]
 
 
 def test_many_steps_in_a_row(tiny, run_of):

@@ -63,7 +63,7 @@ _NUMBERS = 1 << 12  # in a part of anything else, at least
 @kernel
 def count_together(op: Any, step: Any, n_threads: int) -> int:
     """How many ops are opened with this one: see `OP`."""
-    if n_threads == 1 or op.together == 0:
+    if n_threads == 1:
         return 1
     if op.units:
         # For longer contexts attention is cut by itself, into chunks of positions too.
@@ -119,9 +119,11 @@ def cut(op: Any, step: Any, part: int, parts: int, n_threads: int) -> tuple[int,
     Its first unit, the one after its last, all units; and the ops that are run for each unit, one
     after the other. Products have one unit for each part: they are cut within `multiply_together`.
     """
+    if is_product(op):
+        return part, part + 1, parts, 1
     together = count_together(op, step, n_threads)
-    if is_product(op) or together == 1 or op.units == 0:
-        return part, part + 1, parts, 1 if is_product(op) else together
+    if together == 1 or op.units == 0:
+        return part, part + 1, parts, together
     first, last = share(op.units, part, parts)
     return first, last, op.units, together
 

@@ -72,8 +72,8 @@ OP = np.dtype(
         ("active", np.int64),  # experts chosen for each row
         ("active_groups", np.int64),
         ("normalize", np.int64),
-        # Ops from this one on that several threads work on at once, 0 if it is one: products of the
-        # same input, or ops of which a part needs only the same part of those before it.
+        # Ops from this one on that several threads work on at once: itself, products of the same
+        # input, or ops of which a part needs only the same part of those before it.
         ("together", np.int64),
         ("units", np.int64),  # key heads that those are cut into; 0: whatever parts there are
     ],

@@ -200,21 +200,24 @@ def _share_heads(rows: list[dict[str, float]]) -> None:
         while first > 0 and rows[first - 1]["code"] in _BY_HEAD:
             first -= 1
         last = at + 2  # after JOIN
-        if last < len(rows) and rows[last]["code"] == Code.QUANTIZE:
+        if last < len(rows) and _rounds(rows[last], attend):
             last += 1
-        heads = {attend["heads"], attend["kv_heads"]}
-        if all(row["heads"] in heads for row in rows[first:at]):
+        cuts = {(attend["rows"], attend["heads"]), (attend["rows"], attend["kv_heads"])}
+        if all((row["rows"], row["heads"]) in cuts for row in rows[first:at]):
             rows[first] |= {"together": last - first, "units": attend["kv_heads"]}
 
 
 def _share_blocks(rows: list[dict[str, float]]) -> None:
     """Has what goes through the activation function rounded by who made it."""
     for row, after in pairwise(rows):
-        if row["code"] == Code.SILU_MUL and after["code"] in (
-            Code.QUANTIZE,
-            Code.QUANTIZE_EXPERTS,
-        ):
+        if row["code"] == Code.SILU_MUL and _rounds(after, row):
             row["together"] = 2
+
+
+def _rounds(row: dict[str, float], before: dict[str, float]) -> bool:
+    """Whether an op rounds what the one before it has made, block after block as it lies."""
+    rounds = row["code"] in (Code.QUANTIZE, Code.QUANTIZE_EXPERTS)
+    return rounds and row["a"] == before["out"] and row["heads"] == 1
 
 
 def _input_of_products(row: dict[str, float]) -> object:
