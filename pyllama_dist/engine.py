@@ -25,7 +25,7 @@ class Timings:
     cached_tokens: int  # of the prompt, found in the cache
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    decode_seconds: float = 0.0  # steps and choices of generated tokens; not what the user does
     spent: Spent = field(default_factory=Spent)  # by the root, at both
 
 
@@ -89,6 +89,7 @@ class Engine:
             started, before = time.perf_counter(), replace(self.root.node.spent)
             logits = self._prefill(prompt, shared, interrupted)
             timings.prefill_seconds = time.perf_counter() - started
+            started += timings.prefill_seconds
             timings.spent = self.root.node.spent - before
             while logits is not None:
                 token = choose(logits)
@@ -96,6 +97,7 @@ class Engine:
                     generation.finish_reason = "stop"
                     return
                 timings.generated_tokens += 1
+                timings.decode_seconds += time.perf_counter() - started
                 yield token
                 full = len(self._cached) >= self.seq_len
                 if full or timings.generated_tokens == max_tokens:
@@ -105,7 +107,6 @@ class Engine:
                     return
                 started = time.perf_counter()
                 logits = self._run([token])
-                timings.decode_seconds += time.perf_counter() - started
                 timings.spent = self.root.node.spent - before
 
         generation = Generation(tokens(), timings)

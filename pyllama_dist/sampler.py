@@ -7,6 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist.errors import UsageError
+from pyllama_dist.executor import kernels
+from pyllama_kernels import reference, sampling
+from pyllama_kernels.cpu import REFERENCE
+
+_COLDEST = 1e38  # as float32 a number still, and so is its inverse
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,19 @@ class Sampling:
 class Sampler:
     """Draws tokens; the same seed draws the same tokens from the same logits."""
 
-    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
+    def __init__(self, how: Sampling, vocab_size: int) -> None:
         """A sampler.
 
         Args:
-            sampling: how to choose.
+            how: how to choose.
             vocab_size: tokens that the tokenizer knows; rows of the head beyond them are padding.
         """
-        self._sampling, self._vocab_size = sampling, vocab_size
-        self._random = np.random.default_rng(sampling.seed)
+        self._how, self._vocab_size = how, vocab_size
+        self._random = np.random.default_rng(how.seed)
+        self._sample = reference.sample if kernels() == REFERENCE else sampling.sample
+        vectors = -(-vocab_size // sampling.VECTOR)
+        self._odds = np.empty(vectors * sampling.VECTOR, np.float32)
+        self._tokens = np.empty(vocab_size, np.int32)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token.
@@ -45,16 +54,10 @@ class Sampler:
             logits: [vocab] float32.
         """
         known = logits[: self._vocab_size]
-        temperature, topp = self._sampling.temperature, self._sampling.topp
-        if temperature == 0:
-            return int(known.argmax())
-        scaled = (known - known.max()).astype(np.float64) / temperature
-        probabilities = np.exp(scaled)
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
-        if 0 < topp < 1:
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            order = order[before < topp]
-        reach = np.cumsum(probabilities[order])
-        drawn = self._random.random() * reach[-1]
-        return int(order[min(np.searchsorted(reach, drawn, side="right"), len(order) - 1)])
+        best = int(known.argmax())
+        if self._how.temperature == 0:
+            return best
+        coldness = min(_COLDEST, max(1 / _COLDEST, 1 / self._how.temperature))
+        coin, topp = self._random.random(), self._how.topp
+        memory = self._odds, self._tokens
+        return int(self._sample(known, known[best], coldness, topp, coin, *memory))

@@ -1,5 +1,7 @@
 """Generation: what it reads, what it keeps in its cache, and why it ends."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -233,3 +235,14 @@ def test_what_an_answer_has_cost_leaves_out_those_before(engine):
     after = engine.root.node.spent.compute_seconds
     assert second.timings.spent.compute_seconds == pytest.approx(after - before)
     assert 0 < second.timings.spent.compute_seconds < after
+
+
+def test_decoding_takes_the_time_of_choosing_tokens_too(engine):
+    def slowly(logits):
+        time.sleep(0.02)
+        return greedy(logits)
+
+    generation = engine.generate(PROMPT, slowly, (), max_tokens=5)
+    for _ in generation:
+        time.sleep(0.5)  # who reads the answer may take their time
+    assert 5 * 0.02 <= generation.timings.decode_seconds < 5 * 0.5

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pyllama_dist.sampler import Sampler, Sampling
+from pyllama_kernels import reference, sampling
 
 logit_arrays = arrays(
     np.float32, st.integers(1, 60), elements=st.floats(-50, 50, width=32, allow_subnormal=False)
@@ -20,6 +21,35 @@ def logits_of(probabilities: list[float]) -> np.ndarray:
 def draws(sampling: Sampling, logits: np.ndarray, count: int) -> list[int]:
     sampler = Sampler(sampling, len(logits))
     return [sampler(logits) for _ in range(count)]
+
+
+@given(
+    st.sampled_from((1, 2, 15, 16, 17, 100, 3000)),
+    st.sampled_from((0.01, 1.0, 5.0, 40.0)),
+    st.booleans(),
+    st.floats(0.05, 20),
+    st.floats(0, 1),
+    st.integers(0, 1 << 30),
+)
+def test_the_kernel_draws_what_its_twin_does(n, size, coarse, coldness, topp, seed):
+    """But where the coin or the end of the nucleus fall between two tokens: there the kernel's
+    float32 may take the other one.
+    """
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal(n, np.float32) * np.float32(size)
+    if coarse:
+        logits = np.rint(logits)  # many are equally likely
+    logits[rng.random(n) < 0.1] = -np.inf
+    logits[rng.integers(n)] = 0
+    memory = np.empty(-(-n // sampling.VECTOR) * sampling.VECTOR, np.float32), np.empty(n, np.int32)
+
+    def drawn(kernels, topp, coin):
+        return kernels.sample(logits, logits.max(), coldness, topp, coin, *memory)
+
+    near = (1 - 3e-6, 1, 1 + 3e-6)
+    for coin in rng.random(10):
+        allowed = {drawn(reference, topp * a, coin * b) for a in near for b in near}
+        assert drawn(sampling, topp, coin) in allowed
 
 
 @given(logit_arrays, st.floats(0, 1), st.integers(0, 99))

@@ -56,6 +56,7 @@ def _pointer_to(numba_type):
 
 
 float32_pointer = _pointer_to(types.float32)
+float64_pointer = _pointer_to(types.float64)
 int8_pointer = _pointer_to(types.int8)
 int32_pointer = _pointer_to(types.int32)
 uint16_pointer = _pointer_to(types.uint16)

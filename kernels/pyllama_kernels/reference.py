@@ -22,6 +22,7 @@ from pyllama_kernels.plans import LISTED, PAIRS, lists, spans
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
+I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 
@@ -399,3 +400,34 @@ def add(x: F32, out: F32) -> None:
 def gather(x: F32, index: I64, out: F32) -> None:
     """out[i] = x[index[i]]: [rows, n] float32, [k] int64, [k, n] float32."""
     out[:] = x[index]
+
+
+def sample(
+    logits: F32, top: float, coldness: float, topp: float, coin: float, odds: F32, tokens: I32
+) -> int:
+    """A token, drawn from the nucleus: the most likely tokens, as few as reach the share `topp`.
+
+    odds = e^((logit - top) * coldness); of equally likely tokens the first belong to the nucleus.
+
+    Args:
+        logits: [vocab] float32.
+        top: the highest of them.
+        coldness: 1 / temperature.
+        topp: all tokens are in the nucleus if it is not between 0 and 1.
+        coin: from 0 to below 1; which token of the nucleus, in their order, each as wide as its
+            odds.
+        odds: float32, and
+        tokens: int32: memory for the kernels.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, 2019.
+    """
+    with np.errstate(over="ignore"):
+        likely = np.exp((logits - np.float32(top)) * np.float32(coldness)).astype(np.float64)
+    nucleus = np.arange(logits.size)
+    if 0 < topp < 1:
+        order = np.argsort(-likely, kind="stable")
+        before = np.cumsum(likely[order]) - likely[order]
+        nucleus = np.sort(order[before < topp * likely.sum()])
+    reach = np.cumsum(likely[nucleus])
+    place = np.searchsorted(reach, coin * reach[-1], side="right")
+    return int(nucleus[min(place, nucleus.size - 1)])

@@ -79,8 +79,8 @@ def prepare(notice: Callable[[str], None]) -> None:
     """
     if kernels() == REFERENCE:
         return
-    from pyllama_dist.executor.compiled import warm_up
     from pyllama_kernels.jit import CACHE
+    from pyllama_kernels.warm_up import warm_up
 
     done = None if CACHE is None else CACHE / "complete"
     if done is not None and not done.exists():

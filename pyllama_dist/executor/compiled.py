@@ -149,14 +149,6 @@ class CompiledExecutor:
             oploop.run(self._table, 0, 0, self._step, self._state, thread, self._n_threads)
 
 
-def warm_up() -> None:
-    """Compiles the op loop, or loads it from the cache."""
-    table, step, state = np.zeros(1, OP), np.zeros(optable.STEP_WORDS, np.int64), team.new_state()
-    oploop.call(state)
-    oploop.run(table, 0, 0, step, state, 0, 1)
-    oploop.dismiss(state)
-
-
 def _address(array: npt.NDArray[Any]) -> int:
     return array.ctypes.data
 

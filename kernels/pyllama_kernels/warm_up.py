@@ -1,0 +1,17 @@
+"""Has all that is compiled at the beginning ready: from the cache, or compiled now."""
+
+import numpy as np
+
+from pyllama_kernels import oploop, optable, sampling, team
+
+
+def warm_up() -> None:
+    """Calls the op loop and the sampling of tokens, as they will be called."""
+    table, step = np.zeros(1, optable.OP), np.zeros(optable.STEP_WORDS, np.int64)
+    state = team.new_state()
+    oploop.call(state)
+    oploop.run(table, 0, 0, step, state, 0, 1)
+    oploop.dismiss(state)
+    logits = np.zeros(sampling.VECTOR, np.float32)
+    tokens = np.zeros(logits.size, np.int32)
+    sampling.sample(logits, logits[0], 1.0, 1.0, 0.0, logits, tokens)
