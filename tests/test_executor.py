@@ -1,6 +1,7 @@
 """The compiled executor against the plain one, and with other threads and other batches."""
 
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -342,7 +343,7 @@ def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
 
 def test_a_part_that_was_taken_late_is_none():
     """A thread may be put aside for long, between any two instructions."""
-    state = team.new_state()
+    state = team.new_state(1)
     team.open_op(state, 7, 2)
     assert [team.take_part(state) for _ in range(3)] == [(7, 2, 0), (7, 2, 1), (7, 2, 2)]
     assert not team.is_last(state, 2)
@@ -379,6 +380,24 @@ def test_threads_that_come_too_late_do_no_harm(tiny, run_of, n_threads):
                 for _ in range(i % 3):
                     enter.put(True)
             np.testing.assert_array_equal(step(model, executor, TOKENS, batch), expected)
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_stay_for_a_step_that_follows_soon_and_then_leave(tiny, run_of, n_threads):
+    model = tiny(weights=FloatType.Q40)
+    batch = run_of(0, TOKENS)
+    with compiled(model, 1) as alone:
+        expected = step(model, alone, TOKENS, batch)
+    with compiled(model, n_threads) as executor:
+        for pause in (0, 0, 1e-4, 0.1, 0):
+            time.sleep(pause)
+            np.testing.assert_array_equal(step(model, executor, TOKENS, batch), expected)
+        deadline = time.monotonic() + 10
+        others = range(1, n_threads)
+        while any(team.is_inside(executor._state, thread) for thread in others):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert all(enter.empty() for enter in executor._enter)
 
 
 @pytest.mark.parametrize("n_threads", [2, 5])

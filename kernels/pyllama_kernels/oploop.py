@@ -13,7 +13,7 @@ from pyllama_kernels.cache import store_keys, store_values
 from pyllama_kernels.experts import combine, make_plan, quantize_experts, route
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.layout import BLOCK, GROUP_BYTES, activation_bytes
-from pyllama_kernels.lowlevel import atomic_load, atomic_store
+from pyllama_kernels.lowlevel import atomic_add, atomic_load, atomic_store
 from pyllama_kernels.optable import (
     LOGITS,
     N_PAIRS,
@@ -43,7 +43,8 @@ from pyllama_kernels.selection import select
 from pyllama_kernels.team import (
     COMMAND,
     LAST,
-    LEAVING,
+    STEPPING,
+    enter,
     is_last,
     open_op,
     take_part,
@@ -354,6 +355,8 @@ def run(
         i, parts = find_next(table, first, step, state, n_threads)
         open_op(state, i, parts)
         atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
+    else:
+        enter(state, thread)
     while True:
         command = atomic_load(state, COMMAND)
         while True:
@@ -380,19 +383,17 @@ def run(
                 if parts != 1:
                     open_op(state, i, parts)
                     break
-        if thread == 0 or atomic_load(state, LEAVING):
+        if thread == 0 or not wait_for_command(state, command, thread):
             return
-        wait_for_command(state, command)
 
 
 @kernel
-def call(state: Any) -> None:
-    """A step begins: threads that follow are to stay."""
-    atomic_store(state, LEAVING, 0)
+def begin_step(state: Any) -> None:
+    """Threads that follow are to stay from now on."""
+    atomic_add(state, STEPPING, 1)
 
 
 @kernel
-def dismiss(state: Any) -> None:
-    """The step is over: threads that follow leave. A late one may miss it and stay for the next."""
-    atomic_store(state, LEAVING, 1)
-    atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
+def end_step(state: Any) -> None:
+    """Threads that follow may leave from now on."""
+    atomic_add(state, STEPPING, -1)

@@ -30,7 +30,8 @@ TICKET = 0 * _LINE
 DONE = 1 * _LINE  # parts of the open op that are done
 COMMAND = 2 * _LINE  # commands given so far to the threads that follow
 LAST = 3 * _LINE  # the op after the last one of the latest command
-LEAVING = 4 * _LINE  # 1: threads that find nothing to do leave
+STEPPING = 4 * _LINE  # 1: within a step, where threads that find nothing to do stay
+_INSIDE = 5 * _LINE  # and one word for each thread that follows. 1: it will see a command
 
 _BITS = 20  # of a ticket for the parts, and for the parts taken
 _MASK = (1 << _BITS) - 1
@@ -38,12 +39,13 @@ _MASK = (1 << _BITS) - 1
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
 _AHEAD, _LINES, _LINE_BYTES = 4096, 8, 64  # lines that are brought near, some with each spin
 _YIELDS = 50  # then give the core away
+_LINGERS = 1000  # the same between two steps: some 300 microseconds, in which a token is chosen
 _NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
 
 
-def new_state() -> np.ndarray[Any, np.dtype[np.int64]]:
+def new_state(n_threads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The shared words of a team, at rest."""
-    return np.zeros(5 * _LINE, np.int64)
+    return np.zeros(_INSIDE + n_threads, np.int64)
 
 
 @kernel
@@ -75,25 +77,55 @@ def wait_for_next(state: Any, op: int, ahead: int) -> None:
         if first < _AHEAD and ahead:
             for line in range(first, first + _LINES):
                 prefetch(ahead + _LINE_BYTES * line)
-        tries = _rest(tries)
+        tries = _rest(tries, _YIELDS)
 
 
 @kernel
-def wait_for_command(state: Any, command: int) -> None:
-    """Waits until a later command is given."""
+def enter(state: Any, thread: int) -> None:
+    """A thread that follows comes."""
+    atomic_add(state, _INSIDE + thread, 1)
+
+
+@kernel
+def is_inside(state: Any, thread: int) -> bool:
+    """Whether a thread that follows is there, and stays until the step is over."""
+    return atomic_add(state, _INSIDE + thread, 0) > 0
+
+
+@kernel
+def wait_for_command(state: Any, command: int, thread: int) -> bool:
+    """Waits until a later command is given; False if no step is going on and none begins soon."""
     tries = 0
     while atomic_load(state, COMMAND) == command:
-        tries = _rest(tries)
+        stepping = atomic_load(state, STEPPING)
+        if tries >= _SPINS + _LINGERS and may_leave(state, thread):
+            return False
+        tries = _rest(tries, _YIELDS if stepping else _LINGERS)
+    return True
 
 
 @kernel
-def _rest(tries: int) -> int:
+def may_leave(state: Any, thread: int) -> bool:
+    """Whether no step is going on; the thread is then no longer inside.
+
+    Who begins a step says so before it looks who is inside, who leaves does so before it looks
+    whether a step has begun: one of them sees the other.
+    """
+    atomic_add(state, _INSIDE + thread, -1)
+    if atomic_add(state, STEPPING, 0) == 0:
+        return True
+    atomic_add(state, _INSIDE + thread, 1)
+    return False
+
+
+@kernel
+def _rest(tries: int, yields: int) -> int:
     """One turn of waiting: a spin for a bounded time, because on a machine with more threads than
     cores the thread that is waited for needs the core that the waiting one occupies.
     """
     if tries < _SPINS:
         pause()
-    elif tries < _SPINS + _YIELDS:
+    elif tries < _SPINS + yields:
         sched_yield()
     else:
         usleep(_NAP)

@@ -8,10 +8,10 @@ from pyllama_kernels import oploop, optable, sampling, team
 def warm_up() -> None:
     """Calls the op loop and the sampling of tokens, as they will be called."""
     table, step = np.zeros(1, optable.OP), np.zeros(optable.STEP_WORDS, np.int64)
-    state = team.new_state()
-    oploop.call(state)
+    state = team.new_state(1)
+    oploop.begin_step(state)
     oploop.run(table, 0, 0, step, state, 0, 1)
-    oploop.dismiss(state)
+    oploop.end_step(state)
     logits = np.zeros(sampling.VECTOR, np.float32)
     tokens = np.zeros(logits.size, np.int32)
     sampling.sample(logits, logits[0], 1.0, 1.0, 0.0, logits, tokens)

@@ -81,7 +81,7 @@ class CompiledExecutor:
         for entry, row in zip(self._table, rows, strict=True):
             for field, value in row.items():
                 entry[field] = value
-        self._state = team.new_state()
+        self._state = team.new_state(n_threads)
         self._step = np.zeros(optable.STEP_WORDS, np.int64)
         self._step[optable.SLOTS] = _address(self.memory.slots)
         self._step[optable.POSITIONS] = _address(self.memory.positions)
@@ -106,9 +106,10 @@ class CompiledExecutor:
         self._step[optable.N_LOGITS] = self.memory.n_logits
         self._step[optable.N_PAIRS] = self.memory.n_pairs
         self._stepping = True
-        oploop.call(self._state)
-        for enter in self._enter:
-            enter.put(True)
+        oploop.begin_step(self._state)
+        for thread, enter in enumerate(self._enter, start=1):
+            if not team.is_inside(self._state, thread):
+                enter.put(True)
 
     def run(self, segment: int) -> None:
         """Runs the ops of one segment."""
@@ -119,12 +120,12 @@ class CompiledExecutor:
         """Ends the step: the team goes to sleep."""
         if self._stepping:
             self._stepping = False
-            oploop.dismiss(self._state)
+            oploop.end_step(self._state)
 
     def close(self) -> None:
         """Ends the threads."""
         if self._stepping:
-            oploop.dismiss(self._state)
+            oploop.end_step(self._state)
         for enter in self._enter:
             enter.put(False)
         for thread in self._threads:
