@@ -37,7 +37,7 @@ from pyllama_kernels.pages import CHUNK, FEW, KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
-_QUERIES = 64  # that are taken together at most
+MOST = 64  # query heads and rows that are taken together
 _AHEAD = 8192  # bytes from what is read of a cache to what is asked for
 _QUERY_BYTES = 4  # of a number of a query: as float32, or rounded
 _AT_ONCE = 8  # queries whose sums fit into registers
@@ -46,10 +46,10 @@ _SCORES = 4096  # that are worked on at a time: these stay in the first-level ca
 
 def scratch_bytes(head_dim: int) -> int:
     """Memory that each thread needs beside the arrays; values are no wider than keys."""
-    queries = _QUERIES * ((_QUERY_BYTES + 4) * head_dim + 8)
+    queries = MOST * ((_QUERY_BYTES + 4) * head_dim + 8)
     turned = max(
         latent.scratch_bytes(head_dim, count, _positions_at_once(count))
-        for count in range(TILE, _QUERIES + 1, TILE)
+        for count in range(TILE, MOST + 1, TILE)
     )
     return queries + 4 * (PAGE * head_dim + _SCORES) + turned
 
@@ -107,8 +107,8 @@ def attend(
     rows, heads, _ = query.shape
     chunks = count_chunks(positions)
     first_key, last_key = first // group, (first + heads - 1) // group
-    at_once = min(group, _QUERIES)  # heads that are taken together
-    height = max(1, _QUERIES // at_once)  # rows
+    at_once = min(group, MOST)  # heads that are taken together
+    height = max(1, MOST // at_once)  # rows
     unit = 0
     for kv_head in range(first_key, last_key + 1):
         first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first
@@ -171,14 +171,14 @@ def _attend(
     heads = last_head - first_head
     queries = (last_row - first_row) * heads
     room = (queries + TILE - 1) // TILE * TILE  # whole tiles of queries
-    totals_at = scratch + _QUERY_BYTES * _QUERIES * n
+    totals_at = scratch + _QUERY_BYTES * MOST * n
     totals = carray(float32_pointer(totals_at), (room, m))
-    page_at = totals_at + 4 * _QUERIES * n
+    page_at = totals_at + 4 * MOST * n
     page_keys = carray(float32_pointer(page_at), (PAGE * n,))
     page_values = carray(float32_pointer(page_at), (PAGE * m,))
     scores_at = page_at + 4 * PAGE * n
     largest = carray(float32_pointer(scores_at + 4 * _SCORES), (queries,))
-    sums = carray(float32_pointer(scores_at + 4 * (_SCORES + _QUERIES)), (queries,))
+    sums = carray(float32_pointer(scores_at + 4 * (_SCORES + MOST)), (queries,))
 
     totals[:] = 0
     largest[:], sums[:] = float32(-np.inf), float32(0)
@@ -217,7 +217,7 @@ def _attend(
         if turned and kind == KEPT_Q80:
             scores[:, PAGE * pages :] = 0
             some = values[first : first + pages]
-            add_values(some, m, scores, queries, totals, scores_at + 4 * (_SCORES + 2 * _QUERIES))
+            add_values(some, m, scores, queries, totals, scores_at + 4 * (_SCORES + 2 * MOST))
             continue
         for page in range(pages):
             a, b = scores_at + 4 * PAGE * page, address_of(values[first + page])

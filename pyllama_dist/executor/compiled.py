@@ -37,7 +37,7 @@ from pyllama_dist.program import (
     own_slot,
 )
 from pyllama_kernels import oploop, optable, team
-from pyllama_kernels.attention import scratch_bytes
+from pyllama_kernels.attention import MOST, scratch_bytes
 from pyllama_kernels.optable import OP, Code
 from pyllama_kernels.selection import select_scratch_bytes
 
@@ -187,7 +187,8 @@ def _share_heads(rows: list[dict[str, float]]) -> None:
     for at, attend in enumerate(rows):
         if attend["code"] != Code.ATTEND or attend["first"] or attend["kv_heads"] < 2:
             continue
-        if attend["heads"] != attend["kv_heads"] * attend["group"]:
+        whole = attend["heads"] == attend["kv_heads"] * attend["group"]
+        if not whole or attend["group"] > MOST:
             continue
         first = at
         while first > 0 and rows[first - 1]["code"] in _BY_HEAD:
