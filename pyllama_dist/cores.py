@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import psutil
 
@@ -42,12 +42,13 @@ def keep(process: int, cpu: int | None) -> None:
             os.sched_setaffinity(process, {cpu})
 
 
-@contextmanager
-def kept_to(cpu: int | None) -> Iterator[None]:
+def kept_to(cpu: int | None) -> AbstractContextManager[None]:
     """Keeps the calling thread to a CPU, if there is one, for a while."""
-    if cpu is None:
-        yield
-        return
+    return nullcontext() if cpu is None else _kept_to(cpu)
+
+
+@contextmanager
+def _kept_to(cpu: int) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     keep(0, cpu)
     try:

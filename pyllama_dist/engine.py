@@ -128,12 +128,11 @@ class Engine:
             raise UsageError(f"{len(tokens)} tokens for a context of {self.seq_len}")
         self._cached = []
         size = min(self._program.max_rows, self._program.max_logits)
-        return np.concatenate(
-            [
-                self._step(tokens[start : start + size], range(len(tokens[start : start + size])))
-                for start in range(0, len(tokens), size)
-            ]
-        )
+        found = []
+        for start in range(0, len(tokens), size):
+            some = tokens[start : start + size]
+            found.append(self._step(some, range(len(some))).copy())
+        return np.concatenate(found)
 
     def _prefill(
         self, prompt: Sequence[int], shared: int, interrupted: Callable[[], bool]

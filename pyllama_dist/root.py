@@ -121,7 +121,14 @@ class Root:
         except BaseException as error:
             self.close(error)
             raise
-        self.node = Node(programs[0], self._executor, self._mesh, timeout)
+        program, pipes = programs[0], self._executor.memory.pipes
+        self.node = Node(program, self._executor, self._mesh, timeout)
+        self._x = pipes["x"].f32(0, program.max_rows)
+        self._slices = [pipes["logits"].f32(i, program.max_logits) for i in range(program.n_nodes)]
+        self._logits = self._slices[0]
+        if program.n_nodes > 1:
+            vocab = sum(part.shape[1] for part in self._slices)
+            self._logits = np.empty((program.max_logits, vocab), np.float32)
 
     def step(self, tokens: Sequence[int], batch: Batch) -> F32:
         """Runs all nodes on a batch.
@@ -131,17 +138,15 @@ class Root:
             batch: their slots and positions, and the rows whose logits are wanted.
 
         Returns:
-            [len(batch.logits), vocab] float32.
+            [len(batch.logits), vocab] float32; the next step overwrites them.
 
         Raises:
             NodeError: a worker was lost; with address, phase and what to do.
         """
-        program = self.node.program
-        check_batch(program, batch)
+        check_batch(self.node.program, batch)
         self._phase = Phase.STEP
         self._number = (self._number + 1) % (1 << 32)
-        x = self.node.executor.memory.pipes["x"].f32(0, len(tokens))
-        x[:] = self._embedding[np.asarray(tokens)]
+        self._x[: len(tokens)] = self._embedding[np.asarray(tokens)]
         try:
             if self._mesh is not None:
                 self._mesh.check()  # a worker that left and came back knows nothing of us
@@ -151,11 +156,10 @@ class Root:
                 self.node.step(self._number, batch)
         except LostError as lost:
             raise self._blame(lost) from None
-        logits = self.node.executor.memory.pipes["logits"]
-        if not batch.logits:
-            return np.empty((0, sum(logits.spec.widths)), np.float32)
-        slots = range(program.n_nodes)
-        return np.concatenate([logits.f32(i, len(batch.logits)) for i in slots], axis=1)
+        logits = self._logits[: len(batch.logits)]
+        if len(self._slices) > 1:
+            np.concatenate([part[: len(logits)] for part in self._slices], axis=1, out=logits)
+        return logits
 
     def usage(self) -> list[Usage]:
         """What steps have cost each worker so far, and the memory it has taken.

@@ -51,7 +51,8 @@ def cluster(model, n_nodes, sync=FloatType.F32, n_threads=1):
 def conversation(root, run_of):
     """A prompt, then two tokens more: the logits of all of them."""
     steps = [(TOKENS, 0), ((31,), len(TOKENS)), ((8,), len(TOKENS) + 1)]
-    return np.concatenate([root.step(tokens, run_of(start, tokens)) for tokens, start in steps])
+    found = [root.step(tokens, run_of(start, tokens)).copy() for tokens, start in steps]
+    return np.concatenate(found)
 
 
 def difference(found, expected):
