@@ -390,10 +390,11 @@ def run(
 @kernel
 def begin_step(state: Any) -> None:
     """Threads that follow are to stay from now on."""
-    atomic_add(state, STEPPING, 1)
+    atomic_store(state, STEPPING, 1)
+    atomic_add(state, STEPPING, 0)  # a store alone could still be on its way: see `may_leave`
 
 
 @kernel
 def end_step(state: Any) -> None:
     """Threads that follow may leave from now on."""
-    atomic_add(state, STEPPING, -1)
+    atomic_store(state, STEPPING, 0)
