@@ -25,6 +25,7 @@ from pyllama_dist.program import (
     weights,
 )
 from pyllama_kernels import layout, team
+from pyllama_kernels.attention import MOST
 from pyllama_kernels.optable import Code
 from pyllama_kernels.pages import read_positions
 
@@ -186,6 +187,13 @@ def test_threads_share_the_heads_of_a_short_context(tiny, run_of, arch, n_kv_hea
                 np.testing.assert_array_equal(found, expected)
             close = step(model, twin, tokens, run_of(position, tokens))
             assert_close(expected, close, FloatType.Q40)
+
+
+@pytest.mark.parametrize(("group", "shared"), [(MOST, True), (MOST + 1, False)])
+def test_key_heads_are_shared_if_attention_takes_all_their_queries_at_once(tiny, group, shared):
+    sizes = {"n_kv_heads": 2, "n_heads": 2 * group, "head_dim": 32, "n_layers": 1}
+    with compiled(tiny(**sizes)) as executor:
+        assert (executor._table["units"] == 2).any() == shared
 
 
 @pytest.mark.parametrize(
