@@ -54,6 +54,7 @@ from pyllama_kernels.team import (
 
 _FAR = 16  # ops between two matrices, at most
 _SHARES = 4  # parts for each thread of what takes long: a thread that is slow gets fewer
+_SHARES_OF_ONE_ROW = 2  # the same of a matrix that meets one row: each part costs some time
 _PRODUCTS = 1 << 17  # in a part of a matrix product, at least
 _SCORES = 1 << 19  # products for scores in a part of attention, at least
 _WORTH_SHARING = 1 << 16  # products for scores of a short context, and what goes with them
@@ -76,6 +77,15 @@ def count_together(op: Any, step: Any, n_threads: int) -> int:
 
 
 @kernel
+def count_shares(op: Any, step: Any) -> int:
+    """Parts of products for each thread."""
+    if step[N_ROWS] == 1:
+        return _SHARES if op.plan else _SHARES_OF_ONE_ROW
+    # In a batch some experts have more rows than others: more parts make up for it.
+    return 4 * _SHARES if op.plan else _SHARES
+
+
+@kernel
 def count_parts(table: Any, i: int, step: Any, n_threads: int) -> int:
     """Into how many parts op i is cut, with those that are opened with it.
 
@@ -92,9 +102,7 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> int:
         outputs = 0
         for row in range(i, i + op.together):
             outputs += table[row].m
-        # In a batch some experts have more rows than others: more parts make up for it.
-        shares = 4 * _SHARES if op.plan and step[N_ROWS] > 1 else _SHARES
-        return min(shares * n_threads, 1 + rows * n * outputs // _PRODUCTS)
+        return min(count_shares(op, step) * n_threads, 1 + rows * n * outputs // _PRODUCTS)
     if code == Code.ROUTE:
         return min(rows, n_threads, 1 + rows * n * op.active // _NUMBERS)
     if code == Code.MAKE_PLAN:
@@ -325,7 +333,8 @@ def next_weights(table: Any, i: int, step: Any, state: Any, thread: int, n_threa
         op = table[i]
         if op.code == Code.MATMUL_Q40:
             units = count_units(table, i, i + count_together(op, step, n_threads))
-            first = falling_share(units, max(1, thread), _SHARES * n_threads)[0]
+            parts = count_shares(op, step) * n_threads
+            first = falling_share(units, max(1, thread), parts)[0]
             return op.w + first * (op.n // BLOCK) * GROUP_BYTES
         i += 1
     return 0
