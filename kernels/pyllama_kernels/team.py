@@ -39,7 +39,7 @@ _MASK = (1 << _BITS) - 1
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
 _AHEAD, _LINES, _LINE_BYTES = 4096, 8, 64  # lines that are brought near, some with each spin
 _YIELDS = 50  # then give the core away
-_LINGERS = 1000  # the same between two steps: some 300 microseconds, in which a token is chosen
+_LINGERS = 12000  # spins between two steps: some 300 microseconds, in which a token is chosen
 _NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
 
 
@@ -77,7 +77,7 @@ def wait_for_next(state: Any, op: int, ahead: int) -> None:
         if first < _AHEAD and ahead:
             for line in range(first, first + _LINES):
                 prefetch(ahead + _LINE_BYTES * line)
-        tries = _rest(tries, _YIELDS)
+        tries = _rest(tries)
 
 
 @kernel
@@ -95,12 +95,16 @@ def is_inside(state: Any, thread: int) -> bool:
 @kernel
 def wait_for_command(state: Any, command: int, thread: int) -> bool:
     """Waits until a later command is given; False if no step is going on and none begins soon."""
-    tries = 0
+    tries = lingers = 0
     while atomic_load(state, COMMAND) == command:
-        stepping = atomic_load(state, STEPPING)
-        if tries >= _SPINS + _LINGERS and may_leave(state, thread):
+        if atomic_load(state, STEPPING):
+            tries = _rest(tries)
+        elif lingers < _LINGERS:
+            # No yields: beside another program each would last a whole time slice.
+            pause()
+            lingers += 1
+        elif may_leave(state, thread):
             return False
-        tries = _rest(tries, _YIELDS if stepping else _LINGERS)
     return True
 
 
@@ -119,13 +123,13 @@ def may_leave(state: Any, thread: int) -> bool:
 
 
 @kernel
-def _rest(tries: int, yields: int) -> int:
+def _rest(tries: int) -> int:
     """One turn of waiting: a spin for a bounded time, because on a machine with more threads than
     cores the thread that is waited for needs the core that the waiting one occupies.
     """
     if tries < _SPINS:
         pause()
-    elif tries < _SPINS + yields:
+    elif tries < _SPINS + _YIELDS:
         sched_yield()
     else:
         usleep(_NAP)

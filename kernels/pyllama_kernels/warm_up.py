@@ -10,6 +10,7 @@ def warm_up() -> None:
     table, step = np.zeros(1, optable.OP), np.zeros(optable.STEP_WORDS, np.int64)
     state = team.new_state(1)
     oploop.begin_step(state)
+    team.is_inside(state, 0)
     oploop.run(table, 0, 0, step, state, 0, 1)
     oploop.end_step(state)
     logits = np.zeros(sampling.VECTOR, np.float32)

@@ -66,7 +66,7 @@ class CompiledExecutor:
     """Runs a program with a team of threads. See `Executor`.
 
     The calling thread leads. The others enter compiled code when a step begins, and stay there,
-    waiting between segments, until it ends; between steps they sleep.
+    waiting between segments, until it ends, and for a moment more; then they sleep.
     """
 
     def __init__(self, program: Program, n_threads: int) -> None:
