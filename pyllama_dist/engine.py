@@ -26,7 +26,7 @@ class Timings:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # steps and choices of generated tokens; not what the user does
-    spent: Spent = field(default_factory=Spent)  # by the root, at both
+    spent: Spent = field(default_factory=Spent)  # by the root; on a stop token too
 
 
 class Generation:
@@ -66,7 +66,7 @@ class Engine:
 
         Args:
             prompt: token ids, at least one.
-            choose: the next token from [vocab] float32 logits.
+            choose: the next token from [vocab] float32 logits, which the next step overwrites.
             stop: tokens that end the answer.
             max_tokens: the most tokens to generate, at least 1; None leaves it to the context.
             interrupted: asked between steps; a true answer ends the generation.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dist.errors import UsageError
+from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.executor import kernels
 from pyllama_kernels import reference, sampling
 from pyllama_kernels.cpu import REFERENCE
@@ -52,9 +52,17 @@ class Sampler:
 
         Args:
             logits: [vocab] float32.
+
+        Raises:
+            FileError: none of them is the highest, since they are no numbers.
         """
         known = logits[: self._vocab_size]
         best = int(known.argmax())
+        if not math.isfinite(known[best]):
+            raise FileError(
+                f"the model's output for token {best} is {known[best]}; its weights are damaged: "
+                f"convert the checkpoint again"
+            )
         if self._how.temperature == 0:
             return best
         coldness = min(_COLDEST, max(1 / _COLDEST, 1 / self._how.temperature))

@@ -218,25 +218,31 @@ def test_threads_round_what_they_activate(tiny, run_of, sizes, n_rows):
                 np.testing.assert_array_equal(found, expected)
 
 
+def program_of(buffers: tuple[Buffer, ...], segments: tuple[Segment, ...]) -> Program:
+    """A program of one node without weights, for five rows."""
+    return Program(
+        n_nodes=1,
+        node=0,
+        max_rows=5,
+        max_logits=1,
+        n_experts=0,
+        n_slots=1,
+        seq_len=8,
+        pipes=(),
+        buffers=buffers,
+        caches=(),
+        segments=segments,
+    )
+
+
 def test_what_is_rounded_head_by_head_waits_for_all_that_is_activated():
     """There a part needs others than its own: a worker may be sent any program."""
 
     def together(heads, source="hidden"):
         buffers = tuple(Buffer(name, FloatType.F32, 64) for name in ("gate", "up", "hidden"))
         ops = (SiluMul("gate", "up", "hidden"), Quantize(source, "hidden_q80", heads))
-        program = Program(
-            n_nodes=1,
-            node=0,
-            max_rows=5,
-            max_logits=1,
-            n_experts=0,
-            n_slots=1,
-            seq_len=8,
-            pipes=(),
-            buffers=(*buffers, Buffer("hidden_q80", FloatType.Q80, 64)),
-            caches=(),
-            segments=(Segment("activate", ops),),
-        )
+        buffers = (*buffers, Buffer("hidden_q80", FloatType.Q80, 64))
+        program = program_of(buffers, (Segment("activate", ops),))
         with CompiledExecutor(program, 1) as executor:
             return executor._table["together"].tolist()
 
@@ -411,19 +417,9 @@ def test_threads_stay_for_a_step_that_follows_soon_and_then_leave(tiny, run_of, 
 
 @pytest.mark.parametrize("n_threads", [2, 5])
 def test_segments_without_ops_do_not_confuse_the_team(n_threads):
-    program = Program(
-        n_nodes=1,
-        node=0,
-        max_rows=5,
-        max_logits=1,
-        n_experts=0,
-        n_slots=1,
-        seq_len=8,
-        pipes=(),
-        buffers=(Buffer("one", FloatType.F32, 1), Buffer("sum", FloatType.F32, 1)),
-        caches=(),
-        segments=(Segment("idle"), Segment("add", (Add("one", "sum"),))) * 40,
-    )
+    buffers = (Buffer("one", FloatType.F32, 1), Buffer("sum", FloatType.F32, 1))
+    segments = (Segment("idle"), Segment("add", (Add("one", "sum"),))) * 40
+    program = program_of(buffers, segments)
     with CompiledExecutor(program, n_threads) as executor:
         total = executor.memory.buffers["sum"]
         executor.memory.buffers["one"][:] = 1

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pyllama_dist.errors import FileError
 from pyllama_dist.sampler import Sampler, Sampling
 from pyllama_kernels import reference, sampling
 
@@ -32,8 +33,8 @@ def draws(sampling: Sampling, logits: np.ndarray, count: int) -> list[int]:
     st.integers(0, 1 << 30),
 )
 def test_the_kernel_draws_what_its_twin_does(n, size, coarse, coldness, topp, seed):
-    """But where the coin or the end of the nucleus fall between two tokens: there the kernel's
-    float32 may take the other one.
+    """From the same odds, but where the coin or the end of the nucleus fall between two tokens:
+    there the kernel's float32 may take the other one.
     """
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal(n, np.float32) * np.float32(size)
@@ -41,15 +42,15 @@ def test_the_kernel_draws_what_its_twin_does(n, size, coarse, coldness, topp, se
         logits = np.rint(logits)  # many are equally likely
     logits[rng.random(n) < 0.1] = -np.inf
     logits[rng.integers(n)] = 0
-    memory = np.empty(-(-n // sampling.VECTOR) * sampling.VECTOR, np.float32), np.empty(n, np.int32)
-
-    def drawn(kernels, topp, coin):
-        return kernels.sample(logits, logits.max(), coldness, topp, coin, *memory)
-
-    near = (1 - 3e-6, 1, 1 + 3e-6)
+    odds = np.empty(-(-n // sampling.VECTOR) * sampling.VECTOR, np.float32)
+    tokens, near = np.empty(n, np.int32), (1 - 3e-6, 1, 1 + 3e-6)
     for coin in rng.random(10):
-        allowed = {drawn(reference, topp * a, coin * b) for a in near for b in near}
-        assert drawn(sampling, topp, coin) in allowed
+        found = sampling.sample(logits, logits.max(), coldness, topp, coin, odds, tokens)
+        allowed = {reference.draw(odds[:n], topp * a, coin * b) for a in near for b in near}
+        assert found in allowed
+    differences = (logits.astype(np.float64) - logits.max()) * coldness
+    # Rounded, a difference of 87 is off by as much as that; below it the odds are 0.
+    np.testing.assert_allclose(odds[:n], np.exp(differences), rtol=2e-5, atol=1e-37)
 
 
 @given(logit_arrays, st.floats(0, 1), st.integers(0, 99))
@@ -135,3 +136,10 @@ def test_logits_stay_as_they_are():
     before = logits.copy()
     draws(Sampling(seed=1), logits, 3)
     np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("logits", [[0, np.nan, 1], [np.inf, 0], [-np.inf, -np.inf]])
+def test_outputs_that_are_no_numbers_are_an_error(logits, temperature):
+    with pytest.raises(FileError, match="weights are damaged"):
+        draws(Sampling(temperature, seed=1), np.array(logits, np.float32), 1)

@@ -347,8 +347,9 @@ def run(
     """Runs ops of the table with the whole team.
 
     Thread 0 leads: it gives the command and returns when all is done. The others follow: they help
-    with one command after the other, and return when a step is over. One function for both: each
-    further one would hold a copy of all kernels, and take seconds to compile.
+    with one command after the other, and return when a step is over and none begins soon. One
+    function for both: each further one would hold a copy of all kernels, and take seconds to
+    compile.
 
     Args:
         table: [n] OP.

@@ -422,8 +422,13 @@ def sample(
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration, 2019.
     """
     with np.errstate(over="ignore"):
-        likely = np.exp((logits - np.float32(top)) * np.float32(coldness)).astype(np.float64)
-    nucleus = np.arange(logits.size)
+        return draw(np.exp((logits - np.float32(top)) * np.float32(coldness)), topp, coin)
+
+
+def draw(odds: F32, topp: float, coin: float) -> int:
+    """The second half of `sample`: from odds to a token."""
+    likely = odds.astype(np.float64)
+    nucleus = np.arange(likely.size)
     if 0 < topp < 1:
         order = np.argsort(-likely, kind="stable")
         before = np.cumsum(likely[order]) - likely[order]

@@ -31,8 +31,8 @@ _MASSES_BYTES = 8 * _DIGITS
 def sample(
     logits: Any, top: float, coldness: float, topp: float, coin: float, odds: Any, tokens: Any
 ) -> int:
-    """See `reference.sample`. `odds` are as many as `logits`, up to a multiple of `VECTOR`;
-    `tokens` just as many.
+    """See `reference.sample`. There is room for as many `tokens` as `logits`, and for as many
+    `odds`, up to a multiple of `VECTOR`.
     """
     n = logits.size
     for i in range(n):

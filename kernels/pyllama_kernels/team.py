@@ -5,9 +5,10 @@ next one. Whoever finishes the last part opens the next op, or does it alone if 
 nobody waits for a thread that the system has put aside, unless it holds a part; the others do its
 share.
 
-A team shares one int64 array, `state`. Its words lie on cache lines of their own. The main word is
-the ticket: number of the open op, its parts, and parts taken so far. It is read and counted up in
-one atomic step, so a thread that was away for long cannot take a part that does not exist any more.
+A team shares one int64 array, `state`. Words that are read often lie on cache lines of their
+own. The main word is the ticket: number of the open op, its parts, and parts taken so far. It is
+read and counted up in one atomic step, so a thread that was away for long cannot take a part that
+does not exist any more.
 """
 
 from typing import Any

@@ -27,7 +27,7 @@ class Executor(Protocol):
         """Runs the ops of one segment."""
 
     def end(self) -> None:
-        """Ends the step: threads go to sleep until the next one."""
+        """Ends the step: threads sleep, unless the next one follows at once."""
 
     def close(self) -> None:
         """Ends the threads."""

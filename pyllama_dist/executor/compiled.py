@@ -117,10 +117,10 @@ class CompiledExecutor:
         oploop.run(self._table, first, last, self._step, self._state, 0, self._n_threads)
 
     def end(self) -> None:
-        """Ends the step: the team goes to sleep."""
+        """Ends the step: the team may leave."""
         if self._stepping:
-            self._stepping = False
             oploop.end_step(self._state)
+            self._stepping = False
 
     def close(self) -> None:
         """Ends the threads."""
