@@ -358,15 +358,31 @@ def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
 def test_a_part_that_was_taken_late_is_none():
     """A thread may be put aside for long, between any two instructions."""
     state = team.new_state(1)
-    team.open_op(state, 7, 2)
-    assert [team.take_part(state) for _ in range(3)] == [(7, 2, 0), (7, 2, 1), (7, 2, 2)]
-    assert not team.is_last(state, 2)
-    assert team.is_last(state, 2)
-    team.open_op(state, 8, 3)
-    assert team.take_part(state) == (8, 3, 0)
-    team.wait_for_next(state, 7, 0)  # returns at once: op 7 is over
-    team.open_op(state, 9, 0)
-    assert team.take_part(state)[1] == 0  # nothing is open
+    team.open_op(state, 7, 1, 2, 1)
+    assert [team.take_part(state, 0)[3] for _ in range(3)] == [0, 1, 2]
+    assert not team.are_last(state, 1, 2)
+    assert team.are_last(state, 1, 2)
+    team.open_op(state, 8, 1, 3, 1)
+    assert team.take_part(state, 0) == (8, 1, 3, 0)
+    team.wait_for_next(state, 0, 7, 0)  # returns at once: op 7 is over
+    team.open_op(state, 9, 0, 0, 1)
+    assert team.take_part(state, 0)[1] == 0  # nothing is open
+
+
+def test_who_is_done_helps_others():
+    state = team.new_state(3)
+    team.open_op(state, 7, 2, 3, 3)  # no range for the third thread
+    assert [team.find_range(state, thread, 3) for thread in range(3)] == [0, 1, 0]
+    assert team.take_part(state, 0) == (7, 2, 3, 0)
+    assert team.take_part(state, 2)[3] == 3
+    for _ in range(2):
+        team.take_part(state, 0)
+    assert [team.find_range(state, thread, 3) for thread in range(3)] == [1, 1, 1]
+    for _ in range(3):
+        team.take_part(state, 1)
+    assert [team.find_range(state, thread, 3) for thread in range(3)] == [0, 1, 2]  # nothing
+    assert not team.are_last(state, 2, 6)
+    assert team.are_last(state, 4, 6)
 
 
 @pytest.mark.parametrize("n_threads", [2, 3])
@@ -430,6 +446,28 @@ def test_segments_without_ops_do_not_confuse_the_team(n_threads):
                 executor.run(segment)
             executor.end()
             np.testing.assert_array_equal(total, np.full((5, 1), 40))
+
+
+def test_who_opens_an_op_may_be_put_aside():
+    """Others finish an op that has fewer ranges than threads before its tickets are all written."""
+    narrow, wide = 4096, 32768  # in 2 ranges, and in 5
+    buffers = tuple(
+        Buffer(name, FloatType.F32, width)
+        for name, width in (("a", narrow), ("b", narrow), ("c", wide), ("d", wide))
+    )
+    program = program_of(buffers, (Segment("add", (Add("a", "b"), Add("c", "d")) * 100),))
+    with CompiledExecutor(program, 5) as executor:
+        one, some, two, more = executor.memory.buffers.values()
+        one[:], two[:] = 1, 2
+        # With the tickets in another order a step in tens of thousands did not end.
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            some[:], more[:] = 0, 0
+            executor.begin(Batch((0,), (0,), ()))
+            executor.run(0)
+            executor.end()
+            np.testing.assert_array_equal(some[0], np.full(narrow, 100))
+            np.testing.assert_array_equal(more[0], np.full(wide, 200))
 
 
 # --- kernels and memory

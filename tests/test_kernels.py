@@ -253,4 +253,4 @@ def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
     assert shares[-1][1] == total
     sizes = [stop - start for start, stop in shares]
     assert all(later <= sooner + 1 for sooner, later in itertools.pairwise(sizes))
-    assert abs(sizes[-1] - total / parts**2) <= 1
+    assert abs(sizes[-1] - total / parts**3) <= 1

@@ -1,8 +1,8 @@
 """The compiled op loop: a table of ops, and the threads that work through it together.
 
-A row of the table is one op: its code, the addresses of its memory and its sizes. An op is cut into
-parts by its outputs (rows of a matrix, heads, blocks), so that no result depends on the number of
-threads or on who does which part: see `team`.
+A row of the table is one op: its code, the addresses of its memory and its sizes. An op is cut by
+its outputs (rows of a matrix, heads, blocks) into ranges and parts, so that no result depends on
+the number of threads or on who does which part: see `team`.
 """
 
 from typing import Any
@@ -35,7 +35,6 @@ from pyllama_kernels.plans import EXPERTS, PAIRS, lists
 from pyllama_kernels.products import (
     activations,
     count_units,
-    falling_share,
     is_product,
     multiply_together,
 )
@@ -44,8 +43,9 @@ from pyllama_kernels.team import (
     COMMAND,
     LAST,
     STEPPING,
+    are_last,
     enter,
-    is_last,
+    find_range,
     open_op,
     take_part,
     wait_for_command,
@@ -53,8 +53,7 @@ from pyllama_kernels.team import (
 )
 
 _FAR = 16  # ops between two matrices, at most
-_SHARES = 4  # parts for each thread of what takes long: a thread that is slow gets fewer
-_SHARES_OF_ONE_ROW = 2  # the same of a matrix that meets one row: each part costs some time
+_SHARES = 4  # parts of a range of what takes long: a thread that is slow gets fewer
 _PRODUCTS = 1 << 17  # in a part of a matrix product, at least
 _SCORES = 1 << 19  # products for scores in a part of attention, at least
 _WORTH_SHARING = 1 << 16  # products for scores of a short context, and what goes with them
@@ -77,48 +76,48 @@ def count_together(op: Any, step: Any, n_threads: int) -> int:
 
 
 @kernel
-def count_shares(op: Any, step: Any) -> int:
-    """Parts of products for each thread."""
-    if step[N_ROWS] == 1:
-        return _SHARES if op.plan else _SHARES_OF_ONE_ROW
-    # In a batch some experts have more rows than others: more parts make up for it.
-    return 4 * _SHARES if op.plan else _SHARES
-
-
-@kernel
-def count_parts(table: Any, i: int, step: Any, n_threads: int) -> int:
-    """Into how many parts op i is cut, with those that are opened with it.
+def count_parts(table: Any, i: int, step: Any, n_threads: int) -> tuple[int, int]:
+    """How op i is cut, with those that are opened with it: into ranges, and parts of each.
 
     Enough for all threads, none too small to be worth it.
     """
     op = table[i]
     rows = step[op.rows]
     if n_threads == 1 or rows == 0:
-        return min(rows, 1)
+        return min(rows, 1), 1
     code, n = op.code, op.n
     if op.units and count_together(op, step, n_threads) > 1:
-        return min(n_threads, op.units)
+        return min(n_threads, op.units), 1
     if is_product(op):
         outputs = 0
         for row in range(i, i + op.together):
             outputs += table[row].m
-        return min(count_shares(op, step) * n_threads, 1 + rows * n * outputs // _PRODUCTS)
+        # In a batch some experts have more rows than others: more parts make up for it.
+        shares = 4 * _SHARES if op.plan and step[N_ROWS] > 1 else _SHARES
+        return cut_twice(shares, rows * n * outputs // _PRODUCTS, n_threads)
     if code == Code.ROUTE:
-        return min(rows, n_threads, 1 + rows * n * op.active // _NUMBERS)
+        return min(rows, n_threads, 1 + rows * n * op.active // _NUMBERS), 1
     if code == Code.MAKE_PLAN:
-        return 1
+        return 1, 1
     if code == Code.COMBINE:
-        return min(n_threads, 1 + rows * n * op.active // _NUMBERS)
+        return min(n_threads, 1 + rows * n * op.active // _NUMBERS), 1
     if code == Code.ATTEND:
         seen = rows * i64(step[POSITIONS], rows).max()
-        return min(_SHARES * n_threads, 1 + seen * op.heads * n // _SCORES)
+        return cut_twice(_SHARES, seen * op.heads * n // _SCORES, n_threads)
     if code == Code.SELECT:
-        return rows
+        return cut_twice(_SHARES, rows, n_threads)
     gathers = code == Code.GATHER or code == Code.DISPATCH
     if code == Code.RMS_NORM or code == Code.LAYER_NORM or gathers:
-        return min(rows, n_threads)
+        return min(rows, n_threads), 1
     heads = op.heads if op.heads else 1
-    return min(n_threads, 1 + rows * heads * n // _NUMBERS)
+    return min(n_threads, 1 + rows * heads * n // _NUMBERS), 1
+
+
+@kernel
+def cut_twice(shares: int, most: int, n_threads: int) -> tuple[int, int]:
+    """A range for each thread, and so many parts of it; not much more than `most` parts in all."""
+    ranges = max(1, min(n_threads, most))
+    return ranges, max(1, min(shares, most // ranges))
 
 
 @kernel
@@ -139,16 +138,20 @@ def cut(op: Any, step: Any, part: int, parts: int, n_threads: int) -> tuple[int,
 
 @kernel
 def run_unit(
-    table: Any, i: int, step: Any, part: int, parts: int, thread: int, n_threads: int
+    table: Any, i: int, step: Any, part: int, parts: int, each: int, thread: int, n_threads: int
 ) -> None:
-    """One part of op i, by one thread; of products, of all that are opened with it."""
+    """One part of op i, by one thread; of products, of all that are opened with it.
+
+    `each` is the parts of a range; `part` and `parts` count those of all ranges.
+    """
     op = table[i]
     rows = step[op.rows]
     code, n, m = op.code, op.n, op.m
 
     if is_product(op):
         last = i + count_together(op, step, n_threads)
-        multiply_together(table, i, last, step, part, parts)
+        ranges = parts // each
+        multiply_together(table, i, last, step, part // each, ranges, part % each, each)
 
     elif code == Code.RMS_NORM:
         a, z = share(rows * op.heads, part, parts)
@@ -308,33 +311,29 @@ def rows_of_pairs(op: Any) -> Any:
 
 
 @kernel
-def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tuple[int, int]:
-    """Op i of the table or, if it has nothing to do, the next one that has; and its parts.
+def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tuple[int, int, int]:
+    """Op i of the table or, if it has nothing to do, the next one that has; and how it is cut.
 
-    They are the parts of all ops that are opened with it. At the end of the command there are 0.
+    That is with all ops that are opened with it. At the end of the command there are 0 ranges.
     """
-    last, parts = atomic_load(state, LAST), 0
+    last = atomic_load(state, LAST)
     while i < last:
-        parts = count_parts(table, i, step, n_threads)
-        if parts > 0:
-            break
+        ranges, each = count_parts(table, i, step, n_threads)
+        if ranges > 0:
+            return i, ranges, each
         i += count_together(table[i], step, n_threads)
-    return i, parts
+    return i, 0, 0
 
 
 @kernel
 def next_weights(table: Any, i: int, step: Any, state: Any, thread: int, n_threads: int) -> int:
-    """Where a thread will probably go on to read, or 0: a part of the next matrix from op i on.
-
-    Who finishes an op is the first to take a part of the next; who waits comes after.
-    """
+    """Where a thread will go on to read, or 0: its range of the next matrices from op i on."""
     last = min(atomic_load(state, LAST), i + _FAR)
     while i < last:
         op = table[i]
         if op.code == Code.MATMUL_Q40:
             units = count_units(table, i, i + count_together(op, step, n_threads))
-            parts = count_shares(op, step) * n_threads
-            first = falling_share(units, max(1, thread), parts)[0]
+            first = share(units, thread, n_threads)[0]
             return op.w + first * (op.n // BLOCK) * GROUP_BYTES
         i += 1
     return 0
@@ -362,36 +361,44 @@ def run(
     """
     if thread == 0:
         atomic_store(state, LAST, last)
-        i, parts = find_next(table, first, step, state, n_threads)
-        open_op(state, i, parts)
+        i, ranges, each = find_next(table, first, step, state, n_threads)
+        open_op(state, i, ranges, each, n_threads)
         atomic_store(state, COMMAND, atomic_load(state, COMMAND) + 1)
     else:
         enter(state, thread)
     while True:
         command = atomic_load(state, COMMAND)
         while True:
-            i, parts, part = take_part(state)
-            if parts == 0:
+            where = find_range(state, thread, n_threads)
+            i, ranges, each, part = take_part(state, where)
+            if ranges == 0:
                 break
-            if part >= parts:
-                after = i + count_together(table[i], step, n_threads)
-                ahead = next_weights(table, after, step, state, thread, n_threads)
-                wait_for_next(state, i, ahead)
+            if part >= each:
+                if where == thread:
+                    after = i + count_together(table[i], step, n_threads)
+                    ahead = next_weights(table, after, step, state, thread, n_threads)
+                    wait_for_next(state, thread, i, ahead)
                 continue
-            while parts > 0:
-                unit, stop, units, count = cut(table[i], step, part, parts, n_threads)
-                while unit < stop:
-                    for j in range(i, i + count):
-                        run_unit(table, j, step, unit, units, thread, n_threads)
-                    unit += 1
-                if parts > 1 and not is_last(state, parts):
+            while ranges > 0:
+                parts, done = ranges * each, 0
+                while part < each:
+                    unit, stop, units, count = cut(
+                        table[i], step, where * each + part, parts, n_threads
+                    )
+                    while unit < stop:
+                        for j in range(i, i + count):
+                            run_unit(table, j, step, unit, units, each, thread, n_threads)
+                        unit += 1
+                    done += 1
+                    part = take_part(state, where)[3] if parts > 1 else each
+                if parts > 1 and not are_last(state, done, parts):
                     break
                 # What has one part is done at once: to open it would only move its data about.
                 i += count_together(table[i], step, n_threads)
-                i, parts = find_next(table, i, step, state, n_threads)
-                part = 0
-                if parts != 1:
-                    open_op(state, i, parts)
+                i, ranges, each = find_next(table, i, step, state, n_threads)
+                where = part = 0
+                if ranges * each != 1:
+                    open_op(state, i, ranges, each, n_threads)
                     break
         if thread == 0 or not wait_for_command(state, command, thread):
             return

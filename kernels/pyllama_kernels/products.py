@@ -17,7 +17,7 @@ from pyllama_kernels.layout import (
     packed_rows,
     tile_rows,
 )
-from pyllama_kernels.optable import Code, f32, i64, plan_at, u8
+from pyllama_kernels.optable import Code, f32, i64, plan_at, share, u8
 from pyllama_kernels.plans import EXPERTS, LISTED, lists
 
 matmul_q40 = cpu.load(cpu.choose().name).matmul_q40
@@ -53,17 +53,21 @@ def count_units(table: Any, first: int, last: int) -> int:
 @kernel
 def falling_share(total: int, part: int, parts: int) -> tuple[int, int]:
     """As `share`, but the last parts are the smallest, so that all threads end at about a time."""
-    start, stop = parts - part, parts - part - 1  # counted from the end, where parts grow by 2
-    return (
-        total - total * start * start // (parts * parts),
-        total - total * stop * stop // (parts * parts),
-    )
+    left, after = parts - part, parts - part - 1
+    return total - total * left**3 // parts**3, total - total * after**3 // parts**3
 
 
 @kernel
-def multiply_together(table: Any, first: int, last: int, step: Any, part: int, parts: int) -> None:
-    """One part of products of the same input, ops `first` to `last` of the table."""
-    a, z = falling_share(count_units(table, first, last), part, parts)
+def multiply_together(
+    table: Any, first: int, last: int, step: Any, where: int, ranges: int, part: int, parts: int
+) -> None:
+    """One part of range `where` of products of the same input, ops `first` to `last` of the table.
+
+    What a range reads lies in a row, but for one jump from matrix to matrix.
+    """
+    start, stop = share(count_units(table, first, last), where, ranges)
+    a, z = falling_share(stop - start, part, parts)
+    a, z = start + a, start + z
     for i in range(first, last):
         op, units = table[i], count_units(table, i, i + 1)
         if a < units and z > 0:

@@ -1,14 +1,15 @@
 """Threads that share the work of one op after the other without leaving compiled code.
 
-The op that is being worked on is *open*: it is cut into parts, and who has nothing to do takes the
-next one. Whoever finishes the last part opens the next op, or does it alone if it has one part. So
-nobody waits for a thread that the system has put aside, unless it holds a part; the others do its
-share.
+The op that is being worked on is *open*: it is cut into ranges, one for each thread, and those into
+parts. A thread takes the parts of its own range one after the other, so what it reads lies in a
+row; then it helps others with what is left of theirs. Whoever finishes the last part opens the next
+op, or does it alone if it has one part. So nobody waits for a thread that the system has put aside,
+unless it holds a part; the others do its share.
 
 A team shares one int64 array, `state`. Words that are read often lie on cache lines of their
-own. The main word is the ticket: number of the open op, its parts, and parts taken so far. It is
-read and counted up in one atomic step, so a thread that was away for long cannot take a part that
-does not exist any more.
+own. Each range has a ticket: number of the open op, its ranges, parts of a range, and parts taken
+of this one so far. It is read and counted up in one atomic step, so a thread that was away for long
+cannot take a part that does not exist any more.
 """
 
 from typing import Any
@@ -27,14 +28,14 @@ from pyllama_kernels.lowlevel import (
 )
 
 _LINE = 8  # int64 words in a cache line of 64 bytes
-TICKET = 0 * _LINE
-DONE = 1 * _LINE  # parts of the open op that are done
-COMMAND = 2 * _LINE  # commands given so far to the threads that follow
-LAST = 3 * _LINE  # the op after the last one of the latest command
-STEPPING = 4 * _LINE  # 1: within a step, where threads that find nothing to do stay
-_INSIDE = 5 * _LINE  # and one word for each thread that follows. 1: it will see a command
+DONE = 0 * _LINE  # parts of the open op that are done
+COMMAND = 1 * _LINE  # commands given so far to the threads that follow
+LAST = 2 * _LINE  # the op after the last one of the latest command
+STEPPING = 3 * _LINE  # 1: within a step, where threads that find nothing to do stay
+# From here on a line for each thread: the ticket of its range, and 1 if it will see a command.
+_TICKET, _INSIDE = 4 * _LINE, 4 * _LINE + 1
 
-_BITS = 20  # of a ticket for the parts, and for the parts taken
+_BITS = 15  # of a ticket for the ranges, for the parts of each, and for the parts taken of this one
 _MASK = (1 << _BITS) - 1
 
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
@@ -46,34 +47,58 @@ _NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need 
 
 def new_state(n_threads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The shared words of a team, at rest."""
-    return np.zeros(_INSIDE + n_threads, np.int64)
+    return np.zeros(_TICKET + _LINE * n_threads, np.int64)
 
 
 @kernel
-def open_op(state: Any, op: int, parts: int) -> None:
-    """Opens an op; with no parts, none is open."""
+def open_op(state: Any, op: int, ranges: int, parts: int, n_threads: int) -> None:
+    """Opens an op that is cut into ranges of so many parts each; with none, no op is open."""
     atomic_store(state, DONE, 0)
-    atomic_store(state, TICKET, (op << (2 * _BITS)) | (parts << _BITS))
+    ticket = (((op << _BITS) | ranges) << _BITS | parts) << _BITS
+    # The first range comes last. Before, nobody can finish the op and open another one, of which
+    # this loop would then overwrite a ticket.
+    for thread in range(n_threads - 1, -1, -1):
+        taken = 0 if thread < ranges else parts
+        atomic_store(state, _TICKET + _LINE * thread, ticket | taken)
 
 
 @kernel
-def take_part(state: Any) -> tuple[int, int, int]:
-    """Takes a part: the op, its parts, the part. There are none left if part >= parts."""
-    ticket = atomic_add(state, TICKET, 1)
-    return ticket >> (2 * _BITS), (ticket >> _BITS) & _MASK, ticket & _MASK
+def take_part(state: Any, where: int) -> tuple[int, int, int, int]:
+    """Takes a part of a range: the op, its ranges, the parts of each, the part.
+
+    There are none left if part >= parts.
+    """
+    return _read(atomic_add(state, _TICKET + _LINE * where, 1))
 
 
 @kernel
-def is_last(state: Any, parts: int) -> bool:
-    """Called when a part is done: whether all of them are."""
-    return atomic_add(state, DONE, 1) == parts - 1
+def find_range(state: Any, thread: int, n_threads: int) -> int:
+    """A range of which there are parts left, the thread's own first; or its own."""
+    for turn in range(n_threads):
+        where = (thread + turn) % n_threads
+        _, _, parts, part = _read(atomic_load(state, _TICKET + _LINE * where))
+        if part < parts:
+            return where
+    return thread
 
 
 @kernel
-def wait_for_next(state: Any, op: int, ahead: int) -> None:
+def _read(ticket: int) -> tuple[int, int, int, int]:
+    op, ranges = ticket >> (3 * _BITS), ticket >> (2 * _BITS) & _MASK
+    return op, ranges, ticket >> _BITS & _MASK, ticket & _MASK
+
+
+@kernel
+def are_last(state: Any, done: int, parts: int) -> bool:
+    """Called when some parts are done: whether all of them are."""
+    return atomic_add(state, DONE, done) == parts - done
+
+
+@kernel
+def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
     """Waits until the op is no longer open, and brings near what will be read from `ahead`."""
     tries = 0
-    while atomic_load(state, TICKET) >> (2 * _BITS) == op:
+    while atomic_load(state, _TICKET + _LINE * thread) >> (3 * _BITS) == op:
         first = _LINES * tries
         if first < _AHEAD and ahead:
             for line in range(first, first + _LINES):
@@ -84,13 +109,13 @@ def wait_for_next(state: Any, op: int, ahead: int) -> None:
 @kernel
 def enter(state: Any, thread: int) -> None:
     """A thread that follows comes."""
-    atomic_add(state, _INSIDE + thread, 1)
+    atomic_add(state, _INSIDE + _LINE * thread, 1)
 
 
 @kernel
 def is_inside(state: Any, thread: int) -> bool:
     """Whether a thread that follows is there, and stays until the step is over."""
-    return atomic_add(state, _INSIDE + thread, 0) > 0
+    return atomic_add(state, _INSIDE + _LINE * thread, 0) > 0
 
 
 @kernel
@@ -116,10 +141,10 @@ def may_leave(state: Any, thread: int) -> bool:
     Who begins a step says so before it looks who is inside, who leaves does so before it looks
     whether a step has begun: one of them sees the other.
     """
-    atomic_add(state, _INSIDE + thread, -1)
+    atomic_add(state, _INSIDE + _LINE * thread, -1)
     if atomic_add(state, STEPPING, 0) == 0:
         return True
-    atomic_add(state, _INSIDE + thread, 1)
+    atomic_add(state, _INSIDE + _LINE * thread, 1)
     return False
 
 
