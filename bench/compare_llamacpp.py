@@ -5,8 +5,8 @@
 Both run on random weights, as processes that stay. Each round measures one after the other, first
 the one and then the other way round, so what slows the machine down meets both; the ratio is taken
 in each round, and then the median. llama.cpp runs with flash attention and without, and the better
-median counts. Load averages include the measured processes; "others" is what the rest used. Linux
-only.
+median counts. What memory gives is read right before and after each of our runs. Load averages
+include the measured processes; "others" is what the rest used. Linux only.
 """
 
 import argparse
@@ -67,6 +67,10 @@ def compare(
             return float(ours.ask(run=sizes)["tokens_per_second"])
         return float(theirs.ask(run=sizes | {"flash": name == THEIRS_FLASH})["tokens_per_second"])
 
+    def bandwidth() -> float:
+        asked = {"threads": setting["threads"]}
+        return float(ours.ask(bandwidth=asked)["gb_per_second"])
+
     what = f"{setting['shape']}, {setting['threads']} threads, {test.name}"
     names = [OURS, THEIRS, THEIRS_FLASH]
     rates: dict[str, list[float]] = {name: [] for name in names}
@@ -78,12 +82,14 @@ def compare(
         rest = Others([ours.pid, theirs.pid])
         for name in names if number % 2 == 0 else reversed(names):
             starting(f"{what}: round {number + 1} of {rounds}, {name}")
-            rates[name].append(run(name))
+            if name == OURS and test.kind == "tg":
+                before = bandwidth()
+                rates[name].append(run(name))
+                read.append((before + bandwidth()) / 2)
+            else:
+                rates[name].append(run(name))
         others.append(rest.cores())
         loads.append(machine.load_average())
-        if test.kind == "tg":
-            rate = ours.ask(bandwidth={"threads": setting["threads"]})["gb_per_second"]
-            read.append(float(rate))
     best = max(THEIRS, THEIRS_FLASH, key=lambda name: median(rates[name]))
     ratios = [our / their for our, their in zip(rates[OURS], rates[best], strict=True)]
     gb_per_token = setting["matrix_bytes"][OURS] / 1e9
@@ -97,7 +103,7 @@ def compare(
         "median": {name: median(rates[name]) for name in names},
         "compared_with": best,
         "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
-        "memory_gb_per_second": read,  # by as many threads, after each round of tg
+        "memory_gb_per_second": read,  # by as many threads, around each of our runs of tg
         "memory_share": median(shares) if shares else None,
         "load": loads,  # before the first round, and after each
         "others_cores": others,  # in each round
@@ -137,7 +143,7 @@ def table(report: Mapping[str, Any]) -> Table:
     kernels = ", ".join(sorted({result["kernels"] for result in report["results"]}))
     shown = Table(
         title=f"pyllama-dist ({kernels}) : llama.cpp, {report['machine']['cpu']}",
-        caption="fa: with flash attention; %: of what these threads read from memory, each round",
+        caption="fa: with flash attention; %: of what so many threads read from memory before and after",
         box=box.MARKDOWN,
     )
     shown.add_column("shape", no_wrap=True)

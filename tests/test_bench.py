@@ -276,13 +276,13 @@ def test_each_test_is_warmed_up_and_repeated():
     root, seen = FakeRoot(), []
     tests = plan_tests([4, 0], [2], [0, 16])
     assert [test.name for test in tests] == ["pp4", "tg2", "pp4 @ d16", "tg2 @ d16"]
-    rates = iter(range(1, 7))
+    rates = iter(range(1, 9))
     found = measure(
         Bench(root, 300), tests[:2], 3, lambda: next(rates), lambda *run: seen.append(run)
     )
     assert seen == [(test, run) for test in tests[:2] for run in range(4)]
     assert [len(result.runs) for result in found] == [3, 3]
-    assert [result.bandwidth for result in found] == [[1, 2, 3], [4, 5, 6]]
+    assert [result.bandwidth for result in found] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     # A step is 2 and 0.5 seconds, and 100 bytes: 3 of them, and 6. Warm-ups do not count.
     assert [result.spent for result in found] == [
         [Spent(6, 1.5, 300), Spent(12, 0, 600)],
@@ -300,7 +300,9 @@ def found():
         model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
         setting=report.Setting("portable", 2, 2, 1, "q80", 20, 32),
         results=[
-            Result(test, runs, [10e9, 15e9], [Spent(2.0, 1.0, 10_000), Spent(1.0, 2.0, 10_000)])
+            Result(
+                test, runs, [8e9, 12e9, 18e9], [Spent(2.0, 1.0, 10_000), Spent(1.0, 2.0, 10_000)]
+            )
             for test in (Trial("pp", 10), Trial("tg", 10, 5))
         ],
         traffic={
@@ -325,7 +327,7 @@ def test_figures_are_those_worked_out_by_hand(found):
     assert pp.kb_received_per_token == pytest.approx([0.2, 0.3, 0.3])
     assert pp.gb_per_second is pp.memory_share is None
     assert tg.gb_per_second == pytest.approx(8.4375)
-    # 11.25 of 10 and 5.625 of 15 GB/s.
+    # 11.25 of 8 to 12 and 5.625 of 12 to 18 GB/s.
     assert tg.memory_share == pytest.approx((1.125 + 0.375) / 2)
     assert (tg.p, tg.n, tg.d) == (0, 10, 5)
 
@@ -500,7 +502,7 @@ def test_the_command_measures_a_shape(cli):
     assert said["seq_len"] == 56  # what the longest test needs
     assert (said["threads"], said["model"], said["nodes"]) == (1, "tiny", 1)
     assert all(len(test["seconds"]) == test["repetitions"] == 2 for test in said["tests"])
-    assert all(len(test["memory_gb_per_second"]) == 2 for test in said["tests"])
+    assert all(len(test["memory_gb_per_second"]) == 3 for test in said["tests"])
     assert len(said["peak_bytes"]) == 1
     assert len(said["load"]["before"]) == 3
 
@@ -547,7 +549,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(cli, args, said):
 def test_the_readme_gets_a_table_of_all_results(found, tmp_path, monkeypatch):
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
-    results_now = [replace(result, bandwidth=[20e9, 30e9]) for result in found.results]
+    results_now = [replace(result, bandwidth=[20e9, 20e9, 40e9]) for result in found.results]
     newer = replace(found, date="2026-02-02T00:00:00+00:00", results=results_now)
     (results / "b.json").write_text(report.as_json(found))
     (results / "a.json").write_text(report.as_json(newer))

@@ -12,7 +12,6 @@ from pyllama_kernels.bandwidth import MemoryReader
 from pyllama_kernels.cpu import features, host
 
 _BUFFER = 1 << 30  # bytes: no cache holds a part of it that counts
-_PASSES = 5
 _LIBRARIES = ("numpy", "numba", "llvmlite", "pyzmq")
 
 
@@ -49,6 +48,6 @@ def memory_reader(n_threads: int) -> MemoryReader:
 
 
 def memory_bandwidth(n_threads: int) -> float:
-    """Bytes per second that so many threads read from memory: the best of some passes."""
+    """Bytes per second that so many threads read from memory now."""
     with memory_reader(n_threads) as reader:
-        return max(reader.bytes_per_second() for _ in range(_PASSES))
+        return reader.bytes_per_second()

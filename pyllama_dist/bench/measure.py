@@ -52,7 +52,7 @@ class Result:
 
     test: Test
     runs: Sequence[Run]
-    bandwidth: Sequence[float]  # bytes per second, read from memory right after each run
+    bandwidth: Sequence[float]  # bytes per second, read from memory before, and after each run
     spent: Sequence[Spent]  # by each node in all runs, the root first
 
 
@@ -159,15 +159,15 @@ def measure(
         bench: a root with a context long enough for all of them.
         tests: what to run.
         repetitions: runs of each test.
-        bandwidth: bytes per second that can be read from memory, asked for after each run: it may
-            change from one second to the next.
+        bandwidth: bytes per second that can be read from memory, asked for before the first run
+            and after each: it may change from one second to the next.
         starting: told the test and the number of its run before each; the warm-up is run 0.
     """
     found = []
     for test in tests:
         starting(test, 0)
         bench.warm_up(test)
-        before, runs, read = bench.spent(), [], []
+        before, runs, read = bench.spent(), [], [bandwidth()]
         for run in range(1, repetitions + 1):
             starting(test, run)
             runs.append(bench.run(test))

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from statistics import fmean, median, stdev
 
 from pyllama_dist.bench.measure import Result, Test
@@ -161,7 +161,8 @@ def figures(report: Report, result: Result) -> Figures:
     traffic = report.traffic[test]
     # A prompt is not bound by memory.
     read = [rate * report.bytes_here for rate in rates] if test.kind == "tg" else []
-    shares = [rate / most for rate, most in zip(read, result.bandwidth, strict=False)]
+    most = [fmean(around) for around in pairwise(result.bandwidth)]  # of each run
+    shares = [rate / limit for rate, limit in zip(read, most, strict=False)]
     return Figures(
         test=test.name,
         p=test.tokens if test.kind == "pp" else 0,
