@@ -143,7 +143,7 @@ def table(report: Mapping[str, Any]) -> Table:
     kernels = ", ".join(sorted({result["kernels"] for result in report["results"]}))
     shown = Table(
         title=f"pyllama-dist ({kernels}) : llama.cpp, {report['machine']['cpu']}",
-        caption="fa: with flash attention; %: of what so many threads read from memory before and after",
+        caption="fa: with flash attention; %: of what memory gave as many threads around it",
         box=box.MARKDOWN,
     )
     shown.add_column("shape", no_wrap=True)
