@@ -32,7 +32,7 @@ from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.latent import add_values
 from pyllama_kernels.layout import ROW_BYTES
-from pyllama_kernels.lowlevel import address_of, float32_pointer, int32_pointer, prefetch
+from pyllama_kernels.lowlevel import LINE, address_of, float32_pointer, int32_pointer, prefetch
 from pyllama_kernels.pages import CHUNK, FEW, KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
@@ -205,7 +205,7 @@ def _attend(
                 b = page_at
             multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
         if kind == KEPT_Q80 and not turned:  # the first values, while scores become weights
-            for line in range(0, min(_AHEAD, pages * values.shape[1]), 64):
+            for line in range(0, min(_AHEAD, pages * values.shape[1]), LINE):
                 prefetch(address_of(values[first]) + line)
         for i in range(queries if mask.size else 0):
             added = mask[first_row + i // heads, block:]

@@ -14,6 +14,8 @@ from numba.extending import intrinsic
 
 from pyllama_kernels.simd import Asm, Value
 
+LINE = 64  # bytes that come from memory together
+
 _i64 = ir.IntType(64)
 
 

@@ -11,7 +11,7 @@ from pyllama_kernels import ops
 from pyllama_kernels.attention import attend, count_chunks, join
 from pyllama_kernels.cache import store_keys, store_values
 from pyllama_kernels.experts import combine, make_plan, quantize_experts, route
-from pyllama_kernels.jit import kernel
+from pyllama_kernels.jit import kernel, kernel_within
 from pyllama_kernels.layout import BLOCK, GROUP_BYTES, activation_bytes
 from pyllama_kernels.lowlevel import atomic_add, atomic_load, atomic_store
 from pyllama_kernels.optable import (
@@ -136,7 +136,7 @@ def cut(op: Any, step: Any, part: int, parts: int, n_threads: int) -> tuple[int,
     return first, last, op.units, together
 
 
-@kernel
+@kernel_within
 def run_unit(
     table: Any, i: int, step: Any, part: int, parts: int, each: int, thread: int, n_threads: int
 ) -> None:

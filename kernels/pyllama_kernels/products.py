@@ -17,6 +17,7 @@ from pyllama_kernels.layout import (
     packed_rows,
     tile_rows,
 )
+from pyllama_kernels.lowlevel import LINE, prefetch
 from pyllama_kernels.optable import Code, f32, i64, plan_at, share, u8
 from pyllama_kernels.plans import EXPERTS, LISTED, lists
 
@@ -97,6 +98,10 @@ def multiply(op: Any, rows: int, a: int, z: int) -> None:
             i, group = a // groups, a % groups
             stop = min(groups, group + z - a)
             source, count, weight, target = matrix(op, rows, i, groups * blocks * GROUP_BYTES)
+            if count == 1:
+                # What another thread has just made is far away: all at once, not line by line.
+                for line in range(0, blocks * ROW_BYTES, LINE):
+                    prefetch(source + line)
             x = activations(source, count, n)
             w = u8(weight, groups, blocks, GROUP_BYTES)[group:stop]
             first, last = group * GROUP, min(height, stop * GROUP)

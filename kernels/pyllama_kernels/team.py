@@ -18,6 +18,7 @@ import numpy as np
 
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.lowlevel import (
+    LINE,
     atomic_add,
     atomic_load,
     atomic_store,
@@ -27,7 +28,7 @@ from pyllama_kernels.lowlevel import (
     usleep,
 )
 
-_LINE = 8  # int64 words in a cache line of 64 bytes
+_LINE = LINE // 8  # int64 words in a cache line
 DONE = 0 * _LINE  # parts of the open op that are done
 COMMAND = 1 * _LINE  # commands given so far to the threads that follow
 LAST = 2 * _LINE  # the op after the last one of the latest command
@@ -39,7 +40,7 @@ _BITS = 15  # of a ticket for the ranges, for the parts of each, and for the par
 _MASK = (1 << _BITS) - 1
 
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
-_AHEAD, _LINES, _LINE_BYTES = 4096, 8, 64  # lines that are brought near, some with each spin
+_AHEAD, _LINES = 4096, 8  # bytes that are brought near, some lines with each spin
 _YIELDS = 50  # then give the core away
 _LINGERS = 12000  # spins between two steps: some 300 microseconds, in which a token is chosen
 _NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
@@ -99,10 +100,10 @@ def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
     """Waits until the op is no longer open, and brings near what will be read from `ahead`."""
     tries = 0
     while atomic_load(state, _TICKET + _LINE * thread) >> (3 * _BITS) == op:
-        first = _LINES * tries
+        first = _LINES * LINE * tries
         if first < _AHEAD and ahead:
-            for line in range(first, first + _LINES):
-                prefetch(ahead + _LINE_BYTES * line)
+            for line in range(first, first + _LINES * LINE, LINE):
+                prefetch(ahead + line)
         tries = _rest(tries)
 
 
