@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pyllama_dist.executor.memory import rope_tables
-from pyllama_kernels import blocks, ops, optable, products, reference
+from pyllama_kernels import blocks, jit, ops, optable, products, reference, warm_up
 from pyllama_kernels.exponential import exp, exp_of_differences
 
 KERNELS = pytest.mark.parametrize("kernels", [ops, reference], ids=["compiled", "reference"])
@@ -254,3 +254,19 @@ def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
     sizes = [stop - start for start, stop in shares]
     assert all(later <= sooner + 1 for sooner, later in itertools.pairwise(sizes))
     assert abs(sizes[-1] - total / parts**3) <= 1
+
+
+@pytest.mark.skipif(jit.CACHE is None, reason="compiled code is not kept here")
+def test_what_is_compiled_ahead_is_what_the_op_loop_calls():
+    """With other types of arguments the op loop would compile it again, and nobody would see."""
+    warm_up.compile_attention()
+    warm_up.compile_rest()
+    warm_up.warm_up()
+    large = (
+        "products.multiply_together",
+        "units.run_rows",
+        "units.run_attention",
+        "units.run_experts",
+    )
+    for name in large:
+        assert len(list(jit.CACHE.glob(f"**/{name}-*.nbc"))) == 1, name

@@ -7,38 +7,12 @@ the number of threads or on who does which part: see `team`.
 
 from typing import Any
 
-from pyllama_kernels import ops
-from pyllama_kernels.attention import attend, count_chunks, join
-from pyllama_kernels.cache import store_keys, store_values
-from pyllama_kernels.experts import combine, make_plan, quantize_experts, route
 from pyllama_kernels.jit import kernel, kernel_within
-from pyllama_kernels.layout import BLOCK, GROUP_BYTES, activation_bytes
+from pyllama_kernels.layout import BLOCK, GROUP_BYTES
 from pyllama_kernels.lowlevel import atomic_add, atomic_load, atomic_store
-from pyllama_kernels.optable import (
-    LOGITS,
-    N_PAIRS,
-    N_ROWS,
-    PARTS,
-    POSITIONS,
-    SCRATCH,
-    SCRATCH_BYTES,
-    SLOTS,
-    Code,
-    f32,
-    i64,
-    plan_at,
-    share,
-    u8,
-)
+from pyllama_kernels.optable import N_ROWS, POSITIONS, Code, i64, share
 from pyllama_kernels.pages import CHUNK
-from pyllama_kernels.plans import EXPERTS, PAIRS, lists
-from pyllama_kernels.products import (
-    activations,
-    count_units,
-    is_product,
-    multiply_together,
-)
-from pyllama_kernels.selection import select
+from pyllama_kernels.products import count_units, is_product, multiply_together
 from pyllama_kernels.team import (
     COMMAND,
     LAST,
@@ -51,6 +25,7 @@ from pyllama_kernels.team import (
     wait_for_command,
     wait_for_next,
 )
+from pyllama_kernels.units import run_attention, run_experts, run_rows
 
 _FAR = 16  # ops between two matrices, at most
 _SHARES = 4  # parts of a range of what takes long: a thread that is slow gets fewer
@@ -145,169 +120,15 @@ def run_unit(
     `each` is the parts of a range; `part` and `parts` count those of all ranges.
     """
     op = table[i]
-    rows = step[op.rows]
-    code, n, m = op.code, op.n, op.m
-
-    if is_product(op):
-        last = i + count_together(op, step, n_threads)
-        ranges = parts // each
+    if op.code < Code.MATMUL_F32:
+        run_rows(op, step, part, parts)
+    elif op.code < Code.ROPE:
+        last, ranges = i + count_together(op, step, n_threads), parts // each
         multiply_together(table, i, last, step, part // each, ranges, part % each, each)
-
-    elif code == Code.RMS_NORM:
-        a, z = share(rows * op.heads, part, parts)
-        x, out = f32(op.a, rows * op.heads, n), f32(op.out, rows * op.heads, n)
-        ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
-
-    elif code == Code.LAYER_NORM:
-        a, z = share(rows, part, parts)
-        x, out = f32(op.a, rows, n), f32(op.out, rows, n)
-        ops.layer_norm(x[a:z], f32(op.w, n), f32(op.c, n), op.epsilon, out[a:z])
-
-    elif code == Code.QUANTIZE:
-        blocks = rows * (n // BLOCK)
-        a, z = share(op.heads * blocks, part, parts)
-        while a < z:
-            head = a // blocks
-            stop = min(z, (head + 1) * blocks)
-            x = f32(op.a, rows, op.heads, n)[:, head]
-            out = op.out + head * activation_bytes(rows, n)
-            ops.quantize(x, a - head * blocks, stop - head * blocks, activations(out, rows, n))
-            a = stop
-
-    elif code == Code.PACK_Q80:
-        blocks = rows * (n // BLOCK)
-        a, z = share(blocks, part, parts)
-        ops.pack_q80(f32(op.a, blocks, BLOCK)[a:z], u8(op.out, blocks, 34)[a:z])
-
-    elif code == Code.QUANTIZE_EXPERTS:
-        plan = plan_at(op.plan)
-        a, z = share(plan[PAIRS] * (n // BLOCK), part, parts)
-        quantize_experts(f32(op.a, rows, n), plan, a, z, u8(op.out, 1))
-
-    elif code == Code.ROUTE:
-        a, z = share(rows, part, parts)
-        route(
-            f32(op.a, rows, n)[a:z],
-            f32(op.c, n if op.c else 0),
-            op.kind != 0,
-            op.active,
-            op.group,
-            op.active_groups,
-            op.normalize != 0,
-            op.scale,
-            f32(op.out, rows, n)[a:z],
-        )
-
-    elif code == Code.MAKE_PLAN:
-        make_plan(f32(op.out, rows, n), op.active, plan_at(op.plan))
-
-    elif code == Code.COMBINE:
-        a, z = share(n, part, parts)
-        plan = plan_at(op.plan)
-        x, weights = f32(op.a, step[N_PAIRS], n), f32(op.b, rows, plan[EXPERTS])
-        combine(x[:, a:z], weights, plan, op.active, f32(op.out, rows, n)[:, a:z])
-
-    elif code == Code.ROPE:
-        a, z = share(op.heads, part, parts)
-        cos, sin = f32(op.c, op.seq_len, m), f32(op.b, op.seq_len, m)
-        x = f32(op.out, rows, op.heads, n)
-        ops.rope(i64(step[POSITIONS], rows), cos, sin, op.kind != 0, x[:, a:z])
-
-    elif code == Code.CONCAT:
-        a, z = share(rows, part, parts)
-        first, second = f32(op.a, rows, op.heads, n), f32(op.b, rows, op.heads, m - n)
-        ops.concat(first[a:z], second[a:z], f32(op.out, rows, op.heads, m)[a:z])
-
-    elif code == Code.STORE_KEYS or code == Code.STORE_VALUES:
-        a, z = share(op.heads, part, parts)
-        slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-        cache = u8(op.out, op.n_slots, op.heads, op.pages, op.page_bytes)[:, a:z]
-        x = f32(op.a, rows, op.heads, n)[:, a:z]
-        if code == Code.STORE_KEYS:
-            store_keys(x, slots, positions, op.kind, cache)
-        else:
-            store_values(x, slots, positions, op.kind, cache)
-
-    elif code == Code.ATTEND:
-        slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-        keys = u8(op.c, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
-        values = u8(op.b, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
-        attend(
-            f32(op.a, rows, op.heads, n),
-            keys,
-            values,
-            op.kind,
-            slots,
-            positions,
-            op.first,
-            op.group,
-            op.scale,
-            f32(op.w, rows if op.w else 0, op.seq_len),
-            f32(step[PARTS], rows, op.heads, count_chunks(positions), m + 2),
-            f32(op.out, rows, op.heads, m),
-            step[SCRATCH] + thread * step[SCRATCH_BYTES],
-            part,
-            parts,
-        )
-
-    elif code == Code.JOIN:
-        chunks = count_chunks(i64(step[POSITIONS], rows))
-        if chunks > 1:
-            a, z = share(op.heads, part, parts)
-            found = f32(step[PARTS], rows, op.heads, chunks, m + 2)
-            join(found, a, z, f32(op.out, rows, op.heads, m))
-
-    elif code == Code.SELECT:
-        a, z = share(rows, part, parts)
-        select(
-            f32(op.a, rows, op.heads, n),
-            f32(op.b, rows, op.heads),
-            u8(op.c, op.n_slots, 1, op.pages, op.page_bytes),
-            op.kind,
-            i64(step[SLOTS], rows),
-            i64(step[POSITIONS], rows),
-            op.group,
-            op.scale,
-            f32(op.out, rows, op.seq_len),
-            step[SCRATCH] + thread * step[SCRATCH_BYTES],
-            a,
-            z,
-        )
-
-    elif code == Code.SILU_MUL:
-        # In whole blocks, as the op that rounds the result is cut.
-        a, z = share((rows * n + BLOCK - 1) // BLOCK, part, parts)
-        a, z = BLOCK * a, min(BLOCK * z, rows * n)
-        gate, up, y = f32(op.a, rows * n), f32(op.b, rows * n), f32(op.out, rows * n)
-        ops.silu_mul(gate[a:z], up[a:z], y[a:z])
-
-    elif code == Code.MERGE_F32:
-        a, z = share(rows * n, part, parts)
-        slots_ = f32(op.a, op.parts, op.stride // 4)
-        ops.merge_f32(slots_[:, a:z], f32(op.out, rows * n)[a:z])
-
-    elif code == Code.MERGE_Q80:
-        blocks = rows * (n // 32)
-        a, z = share(blocks, part, parts)
-        packed = u8(op.a, op.parts, op.stride // 34, 34)
-        ops.merge_q80(packed[:, a:z], f32(op.out, blocks, 32)[a:z])
-
-    elif code == Code.ADD:
-        a, z = share(rows * n, part, parts)
-        ops.add(f32(op.a, rows * n)[a:z], f32(op.out, rows * n)[a:z])
-
-    elif code == Code.GATHER or code == Code.DISPATCH:
-        index = i64(step[LOGITS], rows) if code == Code.GATHER else rows_of_pairs(op)
-        a, z = share(index.size, part, parts)
-        x, out = f32(op.a, step[N_ROWS], n), f32(op.out, rows, n)
-        ops.gather(x, index[a:z], out[a:z])
-
-
-@kernel
-def rows_of_pairs(op: Any) -> Any:
-    """The row of each pair of an op's plan."""
-    plan = plan_at(op.plan)
-    return lists(plan)[3][: plan[PAIRS]]
+    elif op.code < Code.ROUTE:
+        run_attention(op, step, part, parts, thread)
+    else:
+        run_experts(op, step, part, parts)
 
 
 @kernel

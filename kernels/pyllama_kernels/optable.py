@@ -12,34 +12,38 @@ from pyllama_kernels.plans import EXPERTS, HEAD, ROOM, plan_words
 
 
 class Code(IntEnum):
-    """What an op does: the kernel of the same name."""
+    """What an op does: the kernel of the same name. The families lie one after the other."""
 
+    # Rows of a batch: see `units.run_rows`.
     RMS_NORM = 0
-    QUANTIZE = 1
-    PACK_Q80 = 2
-    MATMUL_F32 = 3
-    MATMUL_Q40 = 4
-    MATMUL_Q80 = 5
-    ROPE = 6
-    STORE_KEYS = 7
-    STORE_VALUES = 8
-    ATTEND = 9
-    JOIN = 10
-    SILU_MUL = 11
-    MERGE_F32 = 12
-    MERGE_Q80 = 13
-    ADD = 14
-    GATHER = 15
-    LAYER_NORM = 16
+    LAYER_NORM = 1
+    QUANTIZE = 2
+    PACK_Q80 = 3
+    SILU_MUL = 4
+    MERGE_F32 = 5
+    MERGE_Q80 = 6
+    ADD = 7
+    GATHER = 8
+    DISPATCH = 9  # gathers the rows of a plan
+    # Products: see `products`.
+    MATMUL_F32 = 10
+    MATMUL_Q40 = 11
+    MATMUL_Q80 = 12
+    EXPERTS_F32 = 13  # for each expert, the kernel that `MATMUL_F32` is for a batch
+    EXPERTS_Q40 = 14
+    EXPERTS_Q80 = 15
+    # Attention: see `units.run_attention`.
+    ROPE = 16
     CONCAT = 17
-    SELECT = 18
-    ROUTE = 19
-    MAKE_PLAN = 20
-    DISPATCH = 21  # gathers the rows of a plan
-    QUANTIZE_EXPERTS = 22
-    EXPERTS_F32 = 23  # for each expert, the kernel that `MATMUL_F32` is for a batch
-    EXPERTS_Q40 = 24
-    EXPERTS_Q80 = 25
+    STORE_KEYS = 18
+    STORE_VALUES = 19
+    ATTEND = 20
+    JOIN = 21
+    SELECT = 22
+    # Who gets which rows, of experts: see `units.run_experts`.
+    ROUTE = 23
+    MAKE_PLAN = 24
+    QUANTIZE_EXPERTS = 25
     COMBINE = 26
 
 

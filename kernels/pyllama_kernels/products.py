@@ -27,15 +27,7 @@ matmul_q40 = cpu.load(cpu.choose().name).matmul_q40
 @kernel
 def is_product(op: Any) -> bool:
     """Whether an op multiplies with matrices, of a layer or of experts."""
-    code = op.code
-    return (
-        code == Code.MATMUL_Q40
-        or code == Code.MATMUL_F32
-        or code == Code.MATMUL_Q80
-        or code == Code.EXPERTS_Q40
-        or code == Code.EXPERTS_F32
-        or code == Code.EXPERTS_Q80
-    )
+    return Code.MATMUL_F32 <= op.code <= Code.EXPERTS_Q80
 
 
 @kernel

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol, Self
 
+from pyllama_dist.cores import available_cores
 from pyllama_dist.errors import UsageError
 from pyllama_dist.executor.memory import Memory
 from pyllama_dist.program import Batch, Program
@@ -72,7 +74,8 @@ def kernels() -> str:
 def prepare(notice: Callable[[str], None]) -> None:
     """Has the kernels ready: from the cache, or compiled now.
 
-    Compiling is left to a process of its own, so that the compiler's memory goes with it.
+    Compiling is left to processes of its own: first the large parts, beside each other, then what
+    holds them together. The compiler's memory goes with them.
 
     Args:
         notice: told what is going on, if it takes time.
@@ -80,13 +83,27 @@ def prepare(notice: Callable[[str], None]) -> None:
     if kernels() == REFERENCE:
         return
     from pyllama_kernels.jit import CACHE
-    from pyllama_kernels.warm_up import warm_up
+    from pyllama_kernels.warm_up import compile_attention, compile_rest, warm_up
 
     done = None if CACHE is None else CACHE / "complete"
     if done is not None and not done.exists():
         notice(f"compiling {kernels()} kernels, once for this CPU; this takes some twenty seconds")
-        command = [sys.executable, "-c", f"from {warm_up.__module__} import warm_up; warm_up()"]
-        # If it fails, so does the call below, which can say why.
-        if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0:
+        large = [compile_attention, compile_rest] if available_cores() > 1 else []
+        # If they fail, so does the call below, which can say why.
+        if _in_processes(large) and _in_processes([warm_up]):
             done.touch()
     warm_up()
+
+
+def _in_processes(functions: Sequence[Callable[[], None]]) -> bool:
+    """Calls functions, each in a process of its own, at the same time; whether all went well."""
+    with ExitStack() as stack:
+        processes = []
+        for function in functions:
+            name = function.__name__
+            code = f"from {function.__module__} import {name}; {name}()"
+            process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # comes first, and does nothing to a process that is over
+            processes.append(process)
+        return all(process.wait() == 0 for process in processes)
