@@ -269,4 +269,6 @@ def test_what_is_compiled_ahead_is_what_the_op_loop_calls():
         "units.run_experts",
     )
     for name in large:
-        assert len(list(jit.CACHE.glob(f"**/{name}-*.nbc"))) == 1, name
+        # A folder for each place that the sources are in, a file for each combination of types.
+        folders = [path.parent for path in jit.CACHE.glob(f"**/{name}-*.nbc")]
+        assert len(folders) == len(set(folders)) > 0, name
