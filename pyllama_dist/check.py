@@ -38,12 +38,13 @@ from pyllama_dist.program import (
     slots_used,
 )
 
-MAX_SEGMENTS, MAX_OPS, MAX_SYNCS, MAX_MEMORY = 4096, 65536, 4096, 8192
+MAX_SEGMENTS, MAX_SYNCS, MAX_MEMORY = 4096, 4096, 8192
+MAX_OPS = 1 << 16  # each is one or two rows of the compiled table, and a team counts 2^18
 MAX_HEAD = 1 << 16  # numbers in a head that is kept
 MAX_EXPERTS = 256  # for each row
 MAX_ROUTED = 4096  # that a row is chosen from
 MAX_WEIGHTS = 1 << 20  # of experts: each is a matrix of its own
-MAX_ROWS = 1 << 16  # some ops have a part for each row, and a team counts parts in 20 bits
+MAX_ROWS = 1 << 16  # of a batch
 
 MAX_PIPE_BYTES = 63 << 20  # of a slot: it travels as one frame, and those end at 64 MiB
 
