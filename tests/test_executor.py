@@ -448,6 +448,16 @@ def test_segments_without_ops_do_not_confuse_the_team(n_threads):
             np.testing.assert_array_equal(total, np.full((5, 1), 40))
 
 
+def test_the_ticket_of_the_first_range_is_written_last(monkeypatch):
+    written = []
+    monkeypatch.setattr(team, "atomic_store", lambda state, word, value: written.append(word))
+    team.open_op.py_func(None, 7, 2, 3, 5)
+    first, *others = reversed(written)
+    assert first == team._TICKET
+    assert len(written) == 6
+    assert first not in others
+
+
 def test_who_opens_an_op_may_be_put_aside():
     """Others finish an op that has fewer ranges than threads before its tickets are all written."""
     narrow, wide = 4096, 32768  # in 2 ranges, and in 5

@@ -90,7 +90,7 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> tuple[int, int
 
 @kernel
 def cut_twice(shares: int, most: int, n_threads: int) -> tuple[int, int]:
-    """A range for each thread, and so many parts of it; not much more than `most` parts in all."""
+    """A range for each thread, and so many parts of it; in all no more than `most`, or one."""
     ranges = max(1, min(n_threads, most))
     return ranges, max(1, min(shares, most // ranges))
 
