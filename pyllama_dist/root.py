@@ -38,7 +38,7 @@ from pyllama_dist.net.messages import (
     WeightsEnd,
     Welcome,
 )
-from pyllama_dist.net.transport import ROOT, Address, Channel, Dialer, LostError, Mesh
+from pyllama_dist.net.transport import ROOT, Address, Channel, Dialer, Door, LostError, Mesh
 from pyllama_dist.node import Node
 from pyllama_dist.program import Batch, Program, Span, weights
 
@@ -217,6 +217,8 @@ class Root:
             self._channels.append(dialer.connect(address))
         for channel in self._channels:
             channel.send(Hello(PROTOCOL, __version__, session))
+        self._mesh = dialer.mesh()
+        machines = [self._mesh.machine]
         for channel in self._channels:
             welcome = self._expect(channel, Welcome, _TALK_SECONDS)
             if welcome.protocol != PROTOCOL:
@@ -225,21 +227,22 @@ class Root:
                     f"{welcome.version}), this root {PROTOCOL} (pyllama-dist {__version__}); "
                     f"install the same version on both"
                 )
+            machines.append(welcome.machine)
 
         self._phase = Phase.PEERS
         n_nodes = len(workers) + 1
-        ports: dict[int, tuple[int, ...]] = {}  # by worker: where each lower node reaches it
+        doors: dict[int, tuple[Door, ...]] = {}  # by worker: where each lower node reaches it
         for node, channel in enumerate(self._channels, start=1):
-            channel.send(Join(node, n_nodes))
-            ports[node] = self._expect(channel, Bound, _TALK_SECONDS).ports
-            if len(ports[node]) != node:
-                raise ProtocolError(f"{channel.address} opened {len(ports[node])} data ports")
+            beside = [i for i in range(node) if machines[i] == machines[node] != ""]
+            channel.send(Join(node, n_nodes, tuple(beside)))
+            doors[node] = self._expect(channel, Bound, _TALK_SECONDS).doors
+            if len(doors[node]) != node:
+                raise ProtocolError(f"{channel.address} opened {len(doors[node])} data sockets")
         for node, channel in enumerate(self._channels, start=1):
             higher = range(node + 1, n_nodes)
-            channel.send(Peers(tuple(self._names), tuple(ports[peer][node] for peer in higher)))
-        self._mesh = dialer.mesh()
+            channel.send(Peers(tuple(self._names), tuple(doors[peer][node] for peer in higher)))
         self._mesh.connect(
-            {peer: Address(workers[peer - 1].host, ports[peer][0]) for peer in range(1, n_nodes)}
+            {peer: (workers[peer - 1].host, doors[peer][0]) for peer in range(1, n_nodes)}
         )
         self._mesh.greet(session, 0, self._names, _TALK_SECONDS)
         for channel in self._channels:

@@ -132,7 +132,7 @@ class _Session:
                 f"worker {PROTOCOL} (pyllama-dist {__version__}); install the same version on both"
             )
         memory = psutil.virtual_memory().available
-        self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory))
+        self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory, self.mesh.machine))
         return hello.session
 
     def peers(self, session: bytes) -> tuple[int, int]:
@@ -141,16 +141,16 @@ class _Session:
         join = self.expect(Join, _TALK_SECONDS)
         if not 0 < join.node < join.n_nodes:
             raise ProtocolError(f"node {join.node} of {join.n_nodes} is no worker")
-        ports = self.mesh.bind(range(join.node))
-        self.channel.send(Bound(tuple(ports)))
+        doors = self.mesh.bind(range(join.node), join.beside)
+        self.channel.send(Bound(tuple(doors)))
         peers = self.expect(Peers, _TALK_SECONDS)
         higher = range(join.node + 1, join.n_nodes)
-        if len(peers.addresses) != join.n_nodes or len(peers.ports) != len(higher):
-            raise ProtocolError(f"{len(peers.addresses)} addresses, {len(peers.ports)} ports")
+        if len(peers.addresses) != join.n_nodes or len(peers.doors) != len(higher):
+            raise ProtocolError(f"{len(peers.addresses)} addresses, {len(peers.doors)} doors")
         self.mesh.connect(
             {
-                node: Address(Address.parse(peers.addresses[node]).host, port)
-                for node, port in zip(higher, peers.ports, strict=True)
+                node: (Address.parse(peers.addresses[node]).host, door)
+                for node, door in zip(higher, peers.doors, strict=True)
             }
         )
         self.mesh.greet(session, join.node, peers.addresses, _TALK_SECONDS)

@@ -53,7 +53,8 @@ sessions = st.binary(min_size=16, max_size=16)
 int64s = st.integers(-(2**63), 2**63 - 1)
 sizes = st.integers(0, 1 << 48)
 nodes = st.integers(0, 255)
-ports = st.lists(st.integers(1, 65535), max_size=256).map(tuple)
+names = st.binary(min_size=16, max_size=16).map(lambda name: "@pyllama-dist-" + name.hex())
+doors = st.lists(st.integers(1, 65535) | names, max_size=256).map(tuple)
 widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
 
@@ -74,10 +75,10 @@ def programs(tiny):
 
 messages = st.one_of(
     st.builds(Hello, int64s, texts, sessions),
-    st.builds(Welcome, int64s, texts, st.integers(1, 4096), sizes),
-    st.builds(Join, nodes, st.integers(2, 256)),
-    st.builds(Bound, ports),
-    st.builds(Peers, st.lists(texts, max_size=256).map(tuple), ports),
+    st.builds(Welcome, int64s, texts, st.integers(1, 4096), sizes, texts),
+    st.builds(Join, nodes, st.integers(2, 256), st.lists(nodes, max_size=256).map(tuple)),
+    st.builds(Bound, doors),
+    st.builds(Peers, st.lists(texts, max_size=256).map(tuple), doors),
     st.builds(Link, sessions, nodes),
     st.just(Meshed()),
     st.builds(Net, st.just(EMPTY), timeouts),
@@ -92,9 +93,9 @@ messages = st.one_of(
 
 EXAMPLES = {
     Hello: Hello(1, "0.1.0", bytes(range(16))),
-    Welcome: Welcome(1, "0.1.0", 4, 1 << 33),
-    Join: Join(1, 2),
-    Bound: Bound((1234, 65535)),
+    Welcome: Welcome(1, "0.1.0", 4, 1 << 33, "here"),
+    Join: Join(1, 2, (0,)),
+    Bound: Bound((1234, "@pyllama-dist-" + 32 * "a")),
     Peers: Peers(("the root", "10.0.0.2:9990"), (4000,)),
     Link: Link(bytes(16), 255),
     Meshed: Meshed(),
@@ -177,12 +178,16 @@ def test_the_least_and_the_most_are_understood():
         {"type": "welcome", "protocol": 1, "version": "", "n_threads": 1, "memory": -1},
         {"type": "join", "node": 256, "n_nodes": 256},
         {"type": "join", "node": 1, "n_nodes": 257},
-        {"type": "bound", "ports": [0]},
-        {"type": "bound", "ports": [65536]},
-        {"type": "bound", "ports": [1] * 257},
-        {"type": "bound", "ports": 1},
-        {"type": "bound", "ports": {"0": 1}},
-        {"type": "peers", "addresses": ["a:1"] * 257, "ports": []},
+        {"type": "bound", "doors": [0]},
+        {"type": "bound", "doors": [65536]},
+        {"type": "bound", "doors": ["1"]},
+        {"type": "bound", "doors": ["@another-program"]},
+        {"type": "bound", "doors": ["/tmp/@pyllama-dist-" + 32 * "0"]},
+        {"type": "bound", "doors": ["@pyllama-dist-" + 33 * "0"]},
+        {"type": "bound", "doors": [1] * 257},
+        {"type": "bound", "doors": 1},
+        {"type": "bound", "doors": {"0": 1}},
+        {"type": "peers", "addresses": ["a:1"] * 257, "doors": []},
         {"type": "allocated", "nbytes": (1 << 48) + 1},
         {"type": "weight", "index": -1, "offset": 0},
         {"type": "weight", "index": (1 << 24) + 1, "offset": 0},
@@ -271,7 +276,7 @@ def test_a_key_that_comes_twice_is_no_way_around_a_check():
         msgpack.packb({"type": "bye", (): 1}),
         msgpack.packb(["bye"]),
         msgpack.packb({"type": msgpack.ExtType(1, b"")}),
-        msgpack.packb({"type": "bound", "ports": msgpack.ExtType(5, b"")}),
+        msgpack.packb({"type": "bound", "doors": msgpack.ExtType(5, b"")}),
         msgpack.packb(msgpack.Timestamp(1)),
         b"\x81\xa4type\xa3\xff\xff\xff",
         b"\x81\xa4type\xd9\xffbye",
@@ -293,7 +298,7 @@ HOSTILE = {
     "long arrays in long arrays": b"\xdc\xff\xff" * 20_000,
     "longest arrays in arrays": b"\xdd\x00\x01\x00\x00" * 20_000,
     "a long array that ends early": b"\xdd\x00\x01\x00\x00",
-    "ports without end": b"\x82\xa4type\xa5bound\xa5ports\xdd\x00\x01\x00\x00" + b"\x01" * 65536,
+    "doors without end": b"\x82\xa4type\xa5bound\xa5doors\xdd\x00\x01\x00\x00" + b"\x01" * 65536,
     "a map for each byte": b"\xdc\xff\xff" + b"\x80" * 65535,
     "text for each byte": b"\xdc\xff\xff" + b"\xa0" * 65535,
 }
@@ -324,7 +329,7 @@ def test_random_bytes_do_no_harm(frame):
         lambda inner: (
             st.lists(inner, max_size=5)
             | st.dictionaries(
-                st.sampled_from(("type", "ports", "batch", "program", "slots", "")),
+                st.sampled_from(("type", "doors", "batch", "program", "slots", "")),
                 inner,
                 max_size=5,
             )

@@ -1,4 +1,4 @@
-"""Real processes over TCP: killed, stopped, interrupted, talked to in nonsense."""
+"""Real processes: killed, stopped, interrupted, talked to in nonsense."""
 
 import contextlib
 import json
@@ -32,6 +32,13 @@ from pyllama_dist.net.messages import PROTOCOL
 pytestmark = pytest.mark.timeout(90)
 
 PYLLAMA = [sys.executable, "-m", "pyllama_dist"]
+# Knows nothing that it has in common with the others: all its connections are TCP.
+ELSEWHERE = """
+from pyllama_dist.cli import main
+from pyllama_dist.net.zeromq import mesh
+mesh.machine = str
+main()
+"""
 LONG = ["--prompt", "hello", "--temperature", "0", "--nthreads", "1"]
 
 
@@ -59,9 +66,9 @@ def endless(tmp_path_factory):
 class Process:
     """A command, what it has printed, and its certain end."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, command: list[str] = PYLLAMA) -> None:
         self.process = subprocess.Popen(
-            [*PYLLAMA, *args],
+            [*command, *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,8 +108,8 @@ def run() -> Iterator[object]:
     """Starts commands, and ends what is left of them."""
     started: list[Process] = []
 
-    def start(*args: str) -> Process:
-        started.append(Process(*args))
+    def start(*args: str, **how: list[str]) -> Process:
+        started.append(Process(*args, **how))
         return started[-1]
 
     yield start
@@ -114,10 +121,11 @@ def run() -> Iterator[object]:
 
 @pytest.fixture
 def worker(run):
-    """Starts workers on free ports; their address is `.address`."""
+    """Starts workers on free ports, or as on another machine; their address is `.address`."""
 
-    def start(*args: str) -> Process:
-        process = run("worker", "--port", "0", "--nthreads", "1", *args)
+    def start(*args: str, elsewhere: bool = False) -> Process:
+        command = [sys.executable, "-c", ELSEWHERE] if elsewhere else PYLLAMA
+        process = run("worker", "--port", "0", "--nthreads", "1", *args, command=command)
         process.address = process.output(r"listens on (\S+),")[1]
         return process
 
@@ -146,8 +154,9 @@ def answers(*workers: Process) -> None:
     assert json.loads(result.stdout)["nodes"] == len(workers) + 1
 
 
-def test_a_root_and_two_workers_by_hand_one_root_after_the_other(worker):
-    one, two = worker(), worker()
+@pytest.mark.parametrize("elsewhere", [(False, False), (True, False), (True, True)])
+def test_a_root_and_two_workers_by_hand_one_root_after_the_other(worker, elsewhere):
+    one, two = (worker(elsewhere=far) for far in elsewhere)
     answers(one, two)
     answers(two, one)
     answers(one)
@@ -163,9 +172,10 @@ def test_workers_serve_the_next_root_after_one_was_killed(worker, run, endless):
     answers(one, two)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_worker_is_named_within_seconds(worker, run, endless, victim):
-    workers = [worker(), worker()]
+def test_a_killed_worker_is_named_within_seconds(worker, run, endless, victim, elsewhere):
+    workers = [worker(elsewhere=elsewhere), worker(elsewhere=elsewhere)]
     asking = run("root", "--model", str(endless), *LONG, "--workers", *(w.address for w in workers))
     asking.output(r"\S", "stdout")
     workers[victim].process.kill()
@@ -177,8 +187,9 @@ def test_a_killed_worker_is_named_within_seconds(worker, run, endless, victim):
     answers(workers[1 - victim])
 
 
-def test_a_stopped_worker_is_found_and_serves_again_later(worker, run, endless):
-    one, two = worker(), worker()
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stopped_worker_is_found_and_serves_again_later(worker, run, endless, elsewhere):
+    one, two = worker(elsewhere=elsewhere), worker(elsewhere=elsewhere)
     asking = run("root", "--model", str(endless), *LONG, "--workers", one.address, two.address)
     asking.output(r"\S", "stdout")
     os.kill(two.pid, signal.SIGSTOP)
@@ -375,20 +386,30 @@ def test_random_bytes_and_frames_above_the_hard_limit_do_not_disturb_a_worker(wo
         answers(one)
 
 
-def test_strangers_at_all_ports_do_not_disturb_a_session(worker, run, endless):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_strangers_at_all_ports_do_not_disturb_a_session(worker, run, endless, elsewhere):
     """More of them than the events that a monitor holds unread."""
-    one = worker()
+    one = worker(elsewhere=elsewhere)
     asking = run("root", "--model", str(endless), *LONG, "--workers", one.address)
     asking.output(r"\S", "stdout")
-    listening = [
-        connection.laddr.port
-        for connection in psutil.Process(one.pid).net_connections("tcp")
+    process = psutil.Process(one.pid)
+    ports = [
+        connection.laddr
+        for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert len(listening) == 2  # the public port, and the root's data port
+    names = {
+        "\0" + connection.laddr[1:]
+        for connection in process.net_connections("unix")
+        if connection.laddr.startswith("@pyllama-dist-")
+    }
+    # The public port, and the door of the root's data.
+    assert (len(ports), len(names)) == ((2, 0) if elsewhere else (1, 1))
     for _ in range(700):
-        for port in listening:
-            socket.create_connection(("127.0.0.1", port)).close()
+        for address in (*ports, *names):
+            family = socket.AF_UNIX if address in names else socket.AF_INET
+            with socket.socket(family) as stranger:
+                stranger.connect(address)
     asking.output(r"(?s).{2000}", "stdout")
     os.kill(asking.pid, signal.SIGINT)
     assert asking.end()[0] == 130
@@ -412,11 +433,11 @@ def test_a_root_that_goes_while_weights_are_sent_is_noticed(worker):
 
     session = bytes(16)
     ask("welcome", type="hello", protocol=PROTOCOL, version="0", session=session)
-    (port,) = ask("bound", type="join", node=1, n_nodes=2)["ports"]
+    (port,) = ask("bound", type="join", node=1, n_nodes=2, beside=[])["doors"]
     data = context.socket(zmq.PAIR)
     data.connect(f"tcp://127.0.0.1:{port}")
     data.send(msgpack.packb({"type": "link", "session": session, "node": 0}))
-    ask("meshed", type="peers", addresses=["the root", one.address], ports=[])
+    ask("meshed", type="peers", addresses=["the root", one.address], doors=[])
     context.destroy(linger=0)
     one.output("lost the root: .* in phase NET; listening again", timeout=10)
     answers(one)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from pyllama_dist.net.transport import Address, LostError
+from pyllama_dist.net.transport import LostError
 from pyllama_dist.net.zeromq import mesh as mesh_module
 from pyllama_dist.net.zeromq.mesh import ZmqMesh
 from pyllama_dist.net.zeromq.sockets import open_context
@@ -20,17 +20,20 @@ FRAME = bytes(range(64))
 NAMES = ("first", "second", "third")
 
 
-@pytest.fixture
-def nodes():
-    """The meshes of three nodes."""
+@pytest.fixture(params=["named", "tcp"])
+def nodes(request):
+    """The meshes of three nodes, as on one machine and as on several."""
     with ExitStack() as stack:
         context = open_context()
         stack.callback(context.destroy, linger=0)
         meshes = [stack.enter_context(closing(ZmqMesh(context, "127.0.0.1"))) for _ in NAMES]
-        ports = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
+        everyone = range(len(meshes)) if request.param == "named" else ()
+        doors = [mesh.bind(range(node), everyone) for node, mesh in enumerate(meshes)]
+        named = [isinstance(door, str) for some in doors for door in some]
+        assert named == 3 * [request.param == "named"]
         for node, mesh in enumerate(meshes):
             higher = range(node + 1, len(meshes))
-            mesh.connect({other: Address("127.0.0.1", ports[other][node]) for other in higher})
+            mesh.connect({other: ("127.0.0.1", doors[other][node]) for other in higher})
         greetings = [
             threading.Thread(target=mesh.greet, args=(bytes(16), node, NAMES, 10))
             for node, mesh in enumerate(meshes)

@@ -7,10 +7,11 @@ from msgspec import Meta, Struct
 
 from pyllama_dist.program import Batch, Program
 
-PROTOCOL = 4  # version of the protocol
+PROTOCOL = 5  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+Name = Annotated[str, Meta(pattern="^@pyllama-dist-[0-9a-f]{32}$")]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
 Seconds = Annotated[float, Meta(ge=0)]
@@ -48,6 +49,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     version: Text
     n_threads: Annotated[int, Meta(ge=1, le=4096)]
     memory: Size  # bytes available
+    machine: Text = ""  # the same where nodes reach each other within a machine; empty: unknown
 
 
 class Join(_Message, frozen=True, tag="join"):
@@ -55,19 +57,20 @@ class Join(_Message, frozen=True, tag="join"):
 
     node: NodeIndex
     n_nodes: Annotated[int, Meta(ge=2, le=256)]
+    beside: Annotated[tuple[NodeIndex, ...], Meta(max_length=256)]  # lower ones on its machine
 
 
 class Bound(_Message, frozen=True, tag="bound"):
-    """Worker: the ports on which the lower nodes reach it."""
+    """Worker: the doors at which the lower nodes reach it: ports, or names on its machine."""
 
-    ports: Annotated[tuple[Port, ...], Meta(max_length=256)]
+    doors: Annotated[tuple[Port | Name, ...], Meta(max_length=256)]
 
 
 class Peers(_Message, frozen=True, tag="peers"):
-    """Root: where all nodes are, and the ports of the higher ones."""
+    """Root: where all nodes are, and the doors of the higher ones."""
 
     addresses: Annotated[tuple[Text, ...], Meta(max_length=256)]
-    ports: Annotated[tuple[Port, ...], Meta(max_length=256)]
+    doors: Annotated[tuple[Port | Name, ...], Meta(max_length=256)]
 
 
 class Link(_Message, frozen=True, tag="link"):

@@ -45,7 +45,7 @@ class ZmqDialer:
         socket, monitor = open_socket(self._context, zmq.DEALER, wire.HARD_LIMIT, wanted)
         socket.sndhwm = WEIGHTS_AHEAD
         try:
-            connect(socket, address)
+            connect(socket, f"tcp://{address}")
             if not poll([(monitor, zmq.POLLIN)], time.monotonic() + CONNECT_SECONDS):
                 raise NodeError(
                     f"nobody answers at {address}; is the worker running, and is that its "

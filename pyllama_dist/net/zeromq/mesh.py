@@ -1,7 +1,7 @@
 """The data connections of one node: a PAIR for each other node."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +10,8 @@ import zmq
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.net import frames as wire
 from pyllama_dist.net.messages import Bye, Error, Link, Message
-from pyllama_dist.net.transport import ROOT, Address, Channel, LostError, Raw
+from pyllama_dist.net.transport import ROOT, Channel, Door, LostError, Raw
+from pyllama_dist.net.zeromq.doors import endpoint, machine, open_door
 from pyllama_dist.net.zeromq.sockets import (
     CLOSED,
     GOODBYE_MS,
@@ -19,7 +20,6 @@ from pyllama_dist.net.zeromq.sockets import (
     Context,
     Socket,
     Watched,
-    bind,
     close_socket,
     connect,
     events,
@@ -64,24 +64,25 @@ class ZmqMesh:
 
     def __init__(self, context: Context, host: str) -> None:
         self._context, self._host = context, host
+        self.machine = machine()
         self._peers: dict[int, _Peer] = {}
         self._names: Sequence[str] = ()
         self._rests = 0  # exchanges to come that sleep at once
         self._next_rests = RESTS[0]
 
-    def bind(self, nodes: Sequence[int]) -> list[int]:
+    def bind(self, nodes: Sequence[int], beside: Collection[int]) -> list[Door]:
         """See `Mesh`."""
-        ports = []
+        doors = []
         for node in nodes:
             peer = self._open(node)
             peer.bound = True
-            ports.append(bind(peer.socket, self._host, 0))
-        return ports
+            doors.append(open_door(peer.socket, self._host, node in beside))
+        return doors
 
-    def connect(self, peers: Mapping[int, Address]) -> None:
+    def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
         """See `Mesh`."""
-        for node, address in peers.items():
-            connect(self._open(node).socket, address)
+        for node, (host, door) in peers.items():
+            connect(self._open(node).socket, endpoint(host, door))
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""

@@ -120,17 +120,17 @@ def bind(socket: Socket, host: str, port: int) -> int:
     return int(endpoint.rpartition(":")[2])
 
 
-def connect(socket: Socket, address: object) -> None:
+def connect(socket: Socket, endpoint: str) -> None:
     """Begins to connect.
 
     Raises:
         NodeError: the address cannot be one.
     """
     try:
-        socket.connect(f"tcp://{address}")
+        socket.connect(endpoint)
     except zmq.ZMQError as error:
         raise errors.NodeError(
-            f"cannot connect to {address}: {error}; is the address right?"
+            f"cannot connect to {endpoint}: {error}; is the address right?"
         ) from None
 
 
