@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from hypothesis import settings
+from zmq.utils.garbage import GarbageCollectorThread
 
 from pyllama_dist.config import (
     Arch,
@@ -230,15 +231,24 @@ def serving() -> Callable[..., object]:
     return serve_for_a_while
 
 
+def _threads() -> set[threading.Thread]:
+    """The threads of this process that have to end.
+
+    pyzmq keeps one from the first frame on that it does not copy.
+    """
+    threads = threading.enumerate()
+    return {thread for thread in threads if not isinstance(thread, GarbageCollectorThread)}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
     """Threads and child processes end with the test that started them."""
-    threads, processes = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
+    threads, processes = _threads(), set(psutil.Process().children(recursive=True))
     yield
-    for thread in set(threading.enumerate()) - threads:
+    for thread in _threads() - threads:
         thread.join(5)
     started = set(psutil.Process().children(recursive=True)) - processes
     _, alive = psutil.wait_procs(started, timeout=5) if started else ([], [])
-    left = [thread.name for thread in set(threading.enumerate()) - threads]
+    left = [thread.name for thread in _threads() - threads]
     assert not left, f"threads left behind: {left}"
     assert not alive, f"processes left behind: {alive}"

@@ -1,6 +1,7 @@
 """How a node waits for frames: awake for a short while if its core is its own, then asleep."""
 
 import os
+import random
 import threading
 import time
 from contextlib import ExitStack, closing
@@ -139,6 +140,36 @@ def test_a_sleeper_hears_of_a_peer_that_goes(nodes):
     with pytest.raises(LostError, match="lost third: its connection closed"):
         receive(nodes[0], 1)
     leaving.join()
+
+
+def test_a_large_frame_has_left_when_an_exchange_is_over(nodes):
+    """Its memory can be written again."""
+    sent = bytearray(random.Random(0).randbytes(8 << 20))
+    expected, memory = bytes(sent), bytearray(len(sent))
+    nodes[1].exchange([0], memoryview(sent), {}, 10.0)
+    sent[-64:] = bytes(64)
+    assert nodes[0].exchange([], memoryview(b""), {1: memoryview(memory)}, 10.0) == [(1, len(sent))]
+    assert memory == expected
+
+
+class Kept(zmq.MessageTracker):
+    """A frame that nobody takes."""
+
+    done = False
+
+    def wait(self, timeout=-1):
+        raise zmq.NotDone
+
+
+def test_who_does_not_take_a_large_frame_is_named_at_the_deadline(nodes):
+    with pytest.raises(LostError, match=r"^lost second: it does not take what is sent$"):
+        nodes[0]._see_off(1, Kept(), time.monotonic())
+
+
+def test_while_a_large_frame_leaves_peers_are_watched(nodes):
+    nodes[2].close()
+    with pytest.raises(LostError, match="lost third: its connection closed"):
+        nodes[0]._see_off(1, Kept(), time.monotonic() + 10)
 
 
 def zeromq_threads():

@@ -124,7 +124,7 @@ class Mesh(Protocol):
 
         Args:
             to: nodes that the frame goes to.
-            frame: what is sent; its memory may be reused at once.
+            frame: what is sent; its memory may be written again when this returns.
             frames: for each node that sends, where its frame goes.
             timeout: seconds for sending, and again for receiving.
 

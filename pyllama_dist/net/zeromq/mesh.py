@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -36,6 +37,10 @@ LOOKING, CROWDED = 1e-3, 1e-4
 # A node that has looked in vain is in the way of others, and its own. So many exchanges sleep at
 # once then: after each further time in vain twice as many, up to the last number.
 RESTS = 32, 4096
+# Frames above so many bytes may not fit into the system's buffer at once. ZeroMQ's thread, which
+# sends the rest, waits for its turn: a node that computed on would keep it, and so the others,
+# waiting for milliseconds. It waits until they have left.
+_LARGE = 1 << 16
 NAP_MS = 50  # then it looks whether its peers are still there
 
 
@@ -116,8 +121,7 @@ class ZmqMesh:
     ) -> list[tuple[int, int]]:
         """See `Mesh`."""
         deadline = time.monotonic() + timeout
-        for node in to:
-            self._send(node, frame, deadline)
+        leaving = [(node, self._send(node, frame, deadline)) for node in to]
         if to:
             yield_core()  # to ZeroMQ's thread, or it might send only when this one has to wait
         deadline = time.monotonic() + timeout
@@ -134,6 +138,9 @@ class ZmqMesh:
                     if names:
                         detail = f"sent nothing for {timeout:.0f} s"
                         raise LostError(detail, ", ".join(names)) from None
+        for node, tracker in leaving:
+            if tracker is not None:
+                self._see_off(node, tracker, deadline)
         return list(found.items())
 
     def _look(self, frames: Mapping[int, memoryview]) -> dict[int, int]:
@@ -199,17 +206,26 @@ class ZmqMesh:
         self._peers[node] = _Peer(socket, monitor)
         return self._peers[node]
 
-    def _send(self, node: int, frame: Raw, deadline: float) -> None:
-        socket = self._peers[node].socket
+    def _send(self, node: int, frame: Raw, deadline: float) -> zmq.MessageTracker | None:
+        socket, large = self._peers[node].socket, len(frame) > _LARGE
         while True:
             try:
-                # Copied: the pipe is written again before ZeroMQ's own thread has sent a frame.
-                socket.send(frame, NOBLOCK, copy=True)
-                return
+                # A small one is copied: the pipe is written again before ZeroMQ's thread sends it.
+                return socket.send(frame, NOBLOCK, copy=not large, track=large)
             except zmq.Again:
                 pass
             if time.monotonic() > deadline or not self._poll([(socket, zmq.POLLOUT)], deadline):
                 raise LostError("no room to send to it; is it reachable?", self._names[node])
+
+    def _see_off(self, node: int, tracker: zmq.MessageTracker, deadline: float) -> None:
+        """Waits until a frame has left for the system, so that its memory can be written again."""
+        while not tracker.done:
+            with suppress(zmq.NotDone):
+                tracker.wait(NAP_MS / 1000)
+                return
+            self.check()
+            if time.monotonic() > deadline:
+                raise LostError("it does not take what is sent", self._names[node])
 
     def _poll(self, watched: Sequence[Watched], deadline: float | None) -> bool:
         """Waits until one of the sockets is ready, or a stranger was turned away; whether so.
