@@ -45,9 +45,3 @@ def load_average() -> list[float]:
 def memory_reader(n_threads: int) -> MemoryReader:
     """So many threads and a buffer of 1 GiB, or of a quarter of the memory that is available."""
     return MemoryReader(n_threads, min(_BUFFER, psutil.virtual_memory().available // 4))
-
-
-def memory_bandwidth(n_threads: int) -> float:
-    """Bytes per second that so many threads read from memory now."""
-    with memory_reader(n_threads) as reader:
-        return reader.bytes_per_second()
