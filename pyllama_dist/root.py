@@ -217,8 +217,6 @@ class Root:
             self._channels.append(dialer.connect(address))
         for channel in self._channels:
             channel.send(Hello(PROTOCOL, __version__, session))
-        self._mesh = dialer.mesh()
-        machines = [self._mesh.machine]
         for channel in self._channels:
             welcome = self._expect(channel, Welcome, _TALK_SECONDS)
             if welcome.protocol != PROTOCOL:
@@ -227,20 +225,19 @@ class Root:
                     f"{welcome.version}), this root {PROTOCOL} (pyllama-dist {__version__}); "
                     f"install the same version on both"
                 )
-            machines.append(welcome.machine)
 
         self._phase = Phase.PEERS
         n_nodes = len(workers) + 1
         doors: dict[int, tuple[Door, ...]] = {}  # by worker: where each lower node reaches it
         for node, channel in enumerate(self._channels, start=1):
-            beside = [i for i in range(node) if machines[i] == machines[node] != ""]
-            channel.send(Join(node, n_nodes, tuple(beside)))
+            channel.send(Join(node, n_nodes))
             doors[node] = self._expect(channel, Bound, _TALK_SECONDS).doors
             if len(doors[node]) != node:
-                raise ProtocolError(f"{channel.address} opened {len(doors[node])} data sockets")
+                raise ProtocolError(f"{channel.address} opened {len(doors[node])} doors")
         for node, channel in enumerate(self._channels, start=1):
             higher = range(node + 1, n_nodes)
             channel.send(Peers(tuple(self._names), tuple(doors[peer][node] for peer in higher)))
+        self._mesh = dialer.mesh()
         self._mesh.connect(
             {peer: (workers[peer - 1].host, doors[peer][0]) for peer in range(1, n_nodes)}
         )

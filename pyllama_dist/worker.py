@@ -132,7 +132,7 @@ class _Session:
                 f"worker {PROTOCOL} (pyllama-dist {__version__}); install the same version on both"
             )
         memory = psutil.virtual_memory().available
-        self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory, self.mesh.machine))
+        self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory))
         return hello.session
 
     def peers(self, session: bytes) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class _Session:
         join = self.expect(Join, _TALK_SECONDS)
         if not 0 < join.node < join.n_nodes:
             raise ProtocolError(f"node {join.node} of {join.n_nodes} is no worker")
-        doors = self.mesh.bind(range(join.node), join.beside)
+        doors = self.mesh.bind(range(join.node))
         self.channel.send(Bound(tuple(doors)))
         peers = self.expect(Peers, _TALK_SECONDS)
         higher = range(join.node + 1, join.n_nodes)

@@ -383,24 +383,34 @@ def test_a_server_takes_orders_one_by_one(monkeypatch, capsys):
         {"run": {"p": 0, "n": 4, "d": 16}},
         {"run": {"p": 8, "n": 8}},
         {"bandwidth": {"threads": 1}},
+        {"bandwidth": {"threads": 1}},
         {"unload": {}},
         {"run": {"p": 8, "n": 0, "d": 0}},
         {"dance": {}},
         {"quit": True},
         {"run": {"p": 8}},
     ]
+    readers = []
+
+    def make_reader(n_threads):
+        readers.append(MemoryReader(n_threads, 1 << 20))
+        return readers[-1]
+
+    monkeypatch.setattr(machine, "memory_reader", make_reader)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, orders))))
     serve.main()
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["ok"] for answer in answers] == [
-        *(False, True, True, True, False, True),
+        *(False, True, True, True, False, True, True),
         *(True, False, False),
     ]
-    _, loaded, pp, tg, _, bandwidth, *_ = answers
+    _, loaded, pp, tg, _, bandwidth, again, *_ = answers
     assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
     assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
     assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
-    assert bandwidth["gb_per_second"] > 0
+    assert bandwidth["gb_per_second"] > 0 < again["gb_per_second"]
+    (reader,) = readers  # its memory did not go in between
+    assert not hasattr(reader, "_buffer")  # and went with the model
 
 
 def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
@@ -432,7 +442,7 @@ class OneRoot(ZmqListener):
 
 @pytest.mark.parametrize("sync", [FloatType.Q80, FloatType.F32])
 def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync):
-    """Three nodes over TCP: the meshes of all of them tell what they send and take."""
+    """Three nodes over ZeroMQ: the meshes of all of them tell what they send and take."""
     counts: dict[int, list[int]] = {0: [0, 0], 1: [0, 0], 2: [0, 0]}
     greet, exchange = ZmqMesh.greet, ZmqMesh.exchange
 

@@ -1,6 +1,6 @@
 """Doors of data connections: names where both ends are on one machine, ports elsewhere."""
 
-import secrets
+import resource
 import subprocess
 import sys
 from contextlib import closing
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import zmq
 
-from pyllama_dist.net.zeromq.doors import endpoint, machine, open_door
+from pyllama_dist.net.zeromq import doors
+from pyllama_dist.net.zeromq.doors import endpoint, open_door
 
-ASK = "from pyllama_dist.net.zeromq.doors import machine; print(machine())"
+ASK = "import sys; from pyllama_dist.net.zeromq.doors import endpoint; print(endpoint('::1', {}))"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
@@ -22,46 +23,71 @@ def pair():
         one, two = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
         with closing(one), closing(two):
             one.linger = two.linger = 0
+            one.ipv6 = two.ipv6 = True
             one.rcvtimeo = 5000
             yield one, two
 
 
-@pytest.mark.parametrize("beside", [pytest.param(True, marks=linux), False])
-def test_who_is_told_of_a_door_reaches_it(pair, beside):
+def met(pair, door, way):
+    """Whether one's door is reached that way."""
     one, two = pair
-    door = open_door(one, "127.0.0.1", beside)
-    assert isinstance(door, str if beside else int)
-    two.connect(endpoint("127.0.0.1", door))
+    found = endpoint("127.0.0.1", door)
+    two.connect(found)
     two.send(b"hello")
-    assert one.recv() == b"hello"
-
-
-def test_a_door_is_a_port_where_the_system_has_no_names(pair, monkeypatch):
-    monkeypatch.setattr(secrets, "token_hex", lambda n: n * "too long")
-    assert isinstance(open_door(pair[0], "127.0.0.1", beside=True), int)
+    return found.startswith(way) and one.recv() == b"hello"
 
 
 @linux
-def test_processes_of_a_machine_know_that_they_are_on_one():
-    asked = subprocess.run(
-        [sys.executable, "-c", ASK], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert asked.stdout.strip() == machine() != ""
+def test_who_is_on_the_same_machine_comes_by_name(pair):
+    assert met(pair, open_door(pair[0], "127.0.0.1"), "ipc://@pyllama-dist-")
+
+
+def test_others_come_to_the_port(pair):
+    port, _ = open_door(pair[0], "127.0.0.1")
+    assert met(pair, (port, "@pyllama-dist-" + 32 * "0"), "tcp://127.0.0.1:")
+
+
+def test_a_system_without_names_has_ports(pair, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    port, name = open_door(pair[0], "127.0.0.1")
+    assert not name
+    assert met(pair, (port, name), "tcp://127.0.0.1:")
+
+
+def test_a_name_that_cannot_be_had_is_none(pair, monkeypatch):
+    monkeypatch.setattr(doors.secrets, "token_hex", lambda n: n * "too long")
+    assert open_door(pair[0], "127.0.0.1")[1] == ""
 
 
 @linux
-def test_in_a_network_of_its_own_a_process_is_on_another_machine():
-    apart = ["unshare", "--user", "--net", sys.executable, "-c", ASK]
+def test_few_files_are_too_few_for_a_name(pair, monkeypatch):
+    limits = [(1024, 1 << 20)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: limits.append(limit))
+    assert open_door(pair[0], "127.0.0.1")[1]
+    assert limits == [(1024, 1 << 20), (1 << 14, 1 << 20)]
+    limits[:] = [(1024, 4096)]
+    assert not open_door(pair[1], "127.0.0.1")[1]
+    assert limits == [(1024, 4096)]
+
+
+@linux
+@pytest.mark.parametrize("apart", [False, True])
+def test_in_a_network_of_its_own_a_process_does_not_know_a_name(pair, apart):
+    door = open_door(pair[0], "127.0.0.1")
+    command = ["unshare", "--user", "--net"] if apart else []
+    command += [sys.executable, "-c", ASK.format(door)]
     try:
-        asked = subprocess.run(apart, capture_output=True, text=True, timeout=60, check=True)
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("may not make a namespace")
-    assert asked.stdout.strip() not in (machine(), "")
+    way = f"tcp://[::1]:{door[0]}" if apart else f"ipc://{door[1]}"
+    assert asked.stdout.strip() == way
 
 
-def test_a_system_that_tells_nothing_has_no_names(monkeypatch):
+def test_a_system_that_tells_no_names_has_ports(pair, monkeypatch):
     def refuse(path):
         raise OSError
 
-    monkeypatch.setattr(Path, "readlink", refuse)
-    assert machine() == ""
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert met(pair, open_door(pair[0], "127.0.0.1"), "tcp://127.0.0.1:")

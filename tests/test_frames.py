@@ -54,7 +54,8 @@ int64s = st.integers(-(2**63), 2**63 - 1)
 sizes = st.integers(0, 1 << 48)
 nodes = st.integers(0, 255)
 names = st.binary(min_size=16, max_size=16).map(lambda name: "@pyllama-dist-" + name.hex())
-doors = st.lists(st.integers(1, 65535) | names, max_size=256).map(tuple)
+doors = st.tuples(st.integers(1, 65535), names | st.just(""))
+doors = st.lists(doors, max_size=256).map(tuple)
 widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
 
@@ -75,8 +76,8 @@ def programs(tiny):
 
 messages = st.one_of(
     st.builds(Hello, int64s, texts, sessions),
-    st.builds(Welcome, int64s, texts, st.integers(1, 4096), sizes, texts),
-    st.builds(Join, nodes, st.integers(2, 256), st.lists(nodes, max_size=256).map(tuple)),
+    st.builds(Welcome, int64s, texts, st.integers(1, 4096), sizes),
+    st.builds(Join, nodes, st.integers(2, 256)),
     st.builds(Bound, doors),
     st.builds(Peers, st.lists(texts, max_size=256).map(tuple), doors),
     st.builds(Link, sessions, nodes),
@@ -93,10 +94,10 @@ messages = st.one_of(
 
 EXAMPLES = {
     Hello: Hello(1, "0.1.0", bytes(range(16))),
-    Welcome: Welcome(1, "0.1.0", 4, 1 << 33, "here"),
-    Join: Join(1, 2, (0,)),
-    Bound: Bound((1234, "@pyllama-dist-" + 32 * "a")),
-    Peers: Peers(("the root", "10.0.0.2:9990"), (4000,)),
+    Welcome: Welcome(1, "0.1.0", 4, 1 << 33),
+    Join: Join(1, 2),
+    Bound: Bound(((1234, "@pyllama-dist-" + 32 * "a"), (65535, ""))),
+    Peers: Peers(("the root", "10.0.0.2:9990"), ((4000, ""),)),
     Link: Link(bytes(16), 255),
     Meshed: Meshed(),
     Net: Net(EMPTY, 60.0),
@@ -149,7 +150,7 @@ def test_the_least_and_the_most_are_understood():
     for message in (
         Net(EMPTY, 86400.0),
         Error(Phase.BYE, "ŋ" * 4096),
-        Peers(("",) * 256, (1,) * 256),
+        Peers(("",) * 256, ((1, ""),) * 256),
         Step(0, Batch((0,) * 65536, (1 << 24,) * 65536, ())),
     ):
         assert decode(encode(message)) == message
@@ -178,15 +179,16 @@ def test_the_least_and_the_most_are_understood():
         {"type": "welcome", "protocol": 1, "version": "", "n_threads": 1, "memory": -1},
         {"type": "join", "node": 256, "n_nodes": 256},
         {"type": "join", "node": 1, "n_nodes": 257},
-        {"type": "bound", "doors": [0]},
-        {"type": "bound", "doors": [65536]},
-        {"type": "bound", "doors": ["1"]},
-        {"type": "bound", "doors": ["@another-program"]},
-        {"type": "bound", "doors": ["/tmp/@pyllama-dist-" + 32 * "0"]},
-        {"type": "bound", "doors": ["@pyllama-dist-" + 33 * "0"]},
-        {"type": "bound", "doors": [1] * 257},
+        {"type": "bound", "doors": [[0, ""]]},
+        {"type": "bound", "doors": [[65536, ""]]},
+        {"type": "bound", "doors": [[1]]},
+        {"type": "bound", "doors": [[1, "@another-program"]]},
+        {"type": "bound", "doors": [[1, "/tmp/@pyllama-dist-" + 32 * "0"]]},
+        {"type": "bound", "doors": [[1, "@pyllama-dist-" + 33 * "0"]]},
+        {"type": "bound", "doors": [[1, "@pyllama-dist-" + 32 * "0" + "\n"]]},
+        {"type": "bound", "doors": [[1, ""]] * 257},
         {"type": "bound", "doors": 1},
-        {"type": "bound", "doors": {"0": 1}},
+        {"type": "bound", "doors": {"0": [1, ""]}},
         {"type": "peers", "addresses": ["a:1"] * 257, "doors": []},
         {"type": "allocated", "nbytes": (1 << 48) + 1},
         {"type": "weight", "index": -1, "offset": 0},

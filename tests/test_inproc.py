@@ -293,13 +293,10 @@ def test_a_welcome_of_another_protocol_is_named(tiny):
                 channel.send = send
                 send(message)
                 other, _ = door.accept()
-                other.send(Welcome(PROTOCOL + 1, "9.9", 1, 0, ""))
+                other.send(Welcome(PROTOCOL + 1, "9.9", 1, 0))
 
             channel.send = answered
             return channel
-
-        def mesh(self):
-            return hub.mesh()
 
     model = tiny()
     said = f"{address} speaks protocol {PROTOCOL + 1} .*9.9.*same version"
@@ -342,7 +339,7 @@ class Talk:
 
     def meshed(self):
         self.ask(Hello(PROTOCOL, "test", self.session), Welcome)
-        doors = self.ask(Join(1, 2, ()), Bound).doors
+        doors = self.ask(Join(1, 2), Bound).doors
         self.channel.send(Peers(tuple(self.names), ()))
         self.mesh.connect({1: ("inproc", doors[0])})
         self.mesh.greet(self.session, 0, self.names, 10)
@@ -382,12 +379,12 @@ def test_a_root_of_another_protocol_is_told_both_versions(talk):
     assert "install the same version" in error.message
 
 
-@pytest.mark.parametrize("message", [Ready(), Join(1, 2, ()), WeightsEnd()])
+@pytest.mark.parametrize("message", [Ready(), Join(1, 2), WeightsEnd()])
 def test_a_conversation_begins_with_hello(talk, message):
     assert f"received {type(message).__name__}, expected Hello" in talk.refused(message).message
 
 
-@pytest.mark.parametrize("join", [Join(0, 2, ()), Join(2, 2, ()), Join(5, 3, ())])
+@pytest.mark.parametrize("join", [Join(0, 2), Join(2, 2), Join(5, 3)])
 def test_a_worker_has_a_place_among_the_nodes(talk, join):
     talk.ask(Hello(PROTOCOL, "test", talk.session), Welcome)
     error = talk.refused(join)
@@ -397,11 +394,11 @@ def test_a_worker_has_a_place_among_the_nodes(talk, join):
 @pytest.mark.parametrize(
     ("join", "peers"),
     [
-        (Join(1, 2, ()), Peers(("the root",), ())),
-        (Join(1, 2, ()), Peers(("the root", "a:1", "a:2"), ())),
-        (Join(1, 2, ()), Peers(("the root", "a:1"), (7,))),
-        (Join(1, 3, ()), Peers(("the root", "a:1", "a:2"), ())),
-        (Join(1, 3, ()), Peers(("the root", "a:1", "no address"), (7,))),
+        (Join(1, 2), Peers(("the root",), ())),
+        (Join(1, 2), Peers(("the root", "a:1", "a:2"), ())),
+        (Join(1, 2), Peers(("the root", "a:1"), ((7, ""),))),
+        (Join(1, 3), Peers(("the root", "a:1", "a:2"), ())),
+        (Join(1, 3), Peers(("the root", "a:1", "no address"), ((7, ""),))),
     ],
 )
 def test_addresses_must_fit_the_nodes(talk, join, peers):
@@ -495,7 +492,7 @@ def test_an_exchange_that_never_comes_is_a_deadline(talk):
 
 
 @pytest.mark.parametrize("phase", ["hello", "meshed", "allocated", "ready"])
-@pytest.mark.parametrize("last", [Bye(), Error(Phase.NET, "no"), Welcome(1, "", 1, 0, ""), None])
+@pytest.mark.parametrize("last", [Bye(), Error(Phase.NET, "no"), Welcome(1, "", 1, 0), None])
 def test_a_worker_listens_again_whenever_and_however_its_root_leaves(talk, phase, last):
     if phase == "hello":
         talk.ask(Hello(PROTOCOL, "test", talk.session), Welcome)

@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zmq
 
@@ -21,17 +22,16 @@ FRAME = bytes(range(64))
 NAMES = ("first", "second", "third")
 
 
-@pytest.fixture(params=["named", "tcp"])
+@pytest.fixture(params=["beside", "tcp"])
 def nodes(request):
     """The meshes of three nodes, as on one machine and as on several."""
     with ExitStack() as stack:
         context = open_context()
         stack.callback(context.destroy, linger=0)
         meshes = [stack.enter_context(closing(ZmqMesh(context, "127.0.0.1"))) for _ in NAMES]
-        everyone = range(len(meshes)) if request.param == "named" else ()
-        doors = [mesh.bind(range(node), everyone) for node, mesh in enumerate(meshes)]
-        named = [isinstance(door, str) for some in doors for door in some]
-        assert named == 3 * [request.param == "named"]
+        doors = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
+        if request.param == "tcp":
+            doors = [[(port, "") for port, _ in some] for some in doors]
         for node, mesh in enumerate(meshes):
             higher = range(node + 1, len(meshes))
             mesh.connect({other: ("127.0.0.1", doors[other][node]) for other in higher})
@@ -161,15 +161,51 @@ class Kept(zmq.MessageTracker):
         raise zmq.NotDone
 
 
-def test_who_does_not_take_a_large_frame_is_named_at_the_deadline(nodes):
+@pytest.fixture
+def second_keeps(nodes, monkeypatch):
+    """All frames are large, and what the first node sends to the second never leaves."""
+    monkeypatch.setattr(mesh_module, "_LARGE", 0)
+    send_on = mesh_module.ZmqMesh._send
+
+    def sending(self, node, frame, deadline):
+        tracker = send_on(self, node, frame, deadline)
+        return Kept() if node == 1 else tracker
+
+    monkeypatch.setattr(mesh_module.ZmqMesh, "_send", sending)
+
+
+def test_who_does_not_take_a_large_frame_is_named_at_the_deadline(nodes, second_keeps):
     with pytest.raises(LostError, match=r"^lost second: it does not take what is sent$"):
-        nodes[0]._see_off(1, Kept(), time.monotonic())
+        nodes[0].exchange([2, 1], memoryview(FRAME), {}, 0.01)
 
 
-def test_while_a_large_frame_leaves_peers_are_watched(nodes):
-    nodes[2].close()
+def test_while_a_large_frame_leaves_peers_are_watched(nodes, second_keeps):
+    leaving = threading.Timer(0.1, nodes[2].close)
+    leaving.start()
     with pytest.raises(LostError, match="lost third: its connection closed"):
-        nodes[0]._see_off(1, Kept(), time.monotonic() + 10)
+        nodes[0].exchange([1], memoryview(FRAME), {}, 10.0)
+    leaving.join()
+
+
+def test_large_frames_go_round(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "_LARGE", 0)
+    rows = np.arange(3 * 4096, dtype=np.uint8).reshape(3, 4096)
+    found = np.zeros((3, 3, 4096), np.uint8)  # [who received, who sent]
+
+    def go_round(node):
+        others = [other for other in range(3) if other != node]
+        memory = {other: memoryview(found[node, other]) for other in others}
+        for _ in range(20):
+            nodes[node].exchange(others, memoryview(rows[node]), memory, 10.0)
+
+    threads = [threading.Thread(target=go_round, args=(node,)) for node in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for node in range(3):
+        found[node, node] = rows[node]
+        assert (found[node] == rows).all()
 
 
 def zeromq_threads():

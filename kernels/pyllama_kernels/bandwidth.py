@@ -37,6 +37,7 @@ class MemoryReader:
         Raises:
             ValueError: the buffer is too small to be shared out.
         """
+        self.n_threads = n_threads
         part = n_bytes // n_threads // TURN * TURN
         if part == 0:
             raise ValueError(f"{n_bytes} bytes for {n_threads} threads: {TURN} each are the least")

@@ -36,7 +36,7 @@ class Server:
     def __init__(self) -> None:
         self._open = ExitStack()
         self._session: Session | None = None
-        self._readers: dict[int, MemoryReader] = {}  # by threads
+        self._reader: MemoryReader | None = None
 
     def load(self, shape: str, threads: int, nodes: int = 1, seq_len: int = 1024) -> Answer:
         """Brings up a shape on nodes of this machine, in the place of the last one."""
@@ -69,9 +69,9 @@ class Server:
         may be told some seconds later that memory is free, and take it away while something else
         is measured: seen as 0.2 s of two cores for 1 GiB.
         """
-        if threads not in self._readers:
-            self._readers[threads] = self._open.enter_context(machine.memory_reader(threads))
-        return {"gb_per_second": self._readers[threads].bytes_per_second() / 1e9}
+        if self._reader is None or self._reader.n_threads != threads:
+            self._reader = self._open.enter_context(machine.memory_reader(threads))
+        return {"gb_per_second": self._reader.bytes_per_second() / 1e9}
 
     def unload(self) -> Answer:
         """Takes down what is loaded."""
@@ -79,8 +79,8 @@ class Server:
         return {}
 
     def close(self) -> None:
-        """Takes the session down."""
-        self._session, self._readers = None, {}
+        """Takes the session down, and frees the memory that was read."""
+        self._session = self._reader = None
         self._open.close()
 
     def answer(self, order: Mapping[str, Any]) -> Answer:

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net import frames as wire
@@ -91,7 +91,7 @@ class Hub:
     def __init__(self) -> None:
         self._ports = itertools.count(1)
         self._doors: dict[int, InprocListener] = {}
-        self.data: dict[Door, tuple[InprocMesh, int]] = {}  # port: who listens, for which node
+        self.data: dict[int, tuple[InprocMesh, int]] = {}  # port: who listens, for which node
 
     def listen(self) -> "InprocListener":
         """A new worker's door."""
@@ -154,8 +154,6 @@ class InprocListener:
 class InprocMesh:
     """The data connections of one node. See `Mesh`."""
 
-    machine = ""  # there is no shorter way
-
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._inbox = _Inbox()
@@ -163,17 +161,17 @@ class InprocMesh:
         self._node = -1
         self._names: Sequence[str] = ()
 
-    def bind(self, nodes: Sequence[int], beside: Collection[int]) -> list[Door]:
+    def bind(self, nodes: Sequence[int]) -> list[Door]:
         """See `Mesh`."""
         ports = [self._hub.port() for _ in nodes]
         for node, port in zip(nodes, ports, strict=True):
             self._hub.data[port] = (self, node)
-        return [*ports]
+        return [(port, "") for port in ports]
 
     def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
         """See `Mesh`."""
-        for node, (_, door) in peers.items():
-            other, me = self._hub.data.pop(door)
+        for node, (_, (port, _)) in peers.items():
+            other, me = self._hub.data.pop(port)
             self._peers[node], other._peers[me] = other, self
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:

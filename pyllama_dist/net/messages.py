@@ -11,7 +11,8 @@ PROTOCOL = 5  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Name = Annotated[str, Meta(pattern="^@pyllama-dist-[0-9a-f]{32}$")]
+Name = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
+Doors = Annotated[tuple[tuple[Port, Name], ...], Meta(max_length=256)]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
 Seconds = Annotated[float, Meta(ge=0)]
@@ -49,7 +50,6 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     version: Text
     n_threads: Annotated[int, Meta(ge=1, le=4096)]
     memory: Size  # bytes available
-    machine: Text = ""  # the same where nodes reach each other within a machine; empty: unknown
 
 
 class Join(_Message, frozen=True, tag="join"):
@@ -57,20 +57,19 @@ class Join(_Message, frozen=True, tag="join"):
 
     node: NodeIndex
     n_nodes: Annotated[int, Meta(ge=2, le=256)]
-    beside: Annotated[tuple[NodeIndex, ...], Meta(max_length=256)]  # lower ones on its machine
 
 
 class Bound(_Message, frozen=True, tag="bound"):
-    """Worker: the doors at which the lower nodes reach it: ports, or names on its machine."""
+    """Worker: a door for each lower node."""
 
-    doors: Annotated[tuple[Port | Name, ...], Meta(max_length=256)]
+    doors: Doors
 
 
 class Peers(_Message, frozen=True, tag="peers"):
     """Root: where all nodes are, and the doors of the higher ones."""
 
     addresses: Annotated[tuple[Text, ...], Meta(max_length=256)]
-    doors: Annotated[tuple[Port | Name, ...], Meta(max_length=256)]
+    doors: Doors
 
 
 class Link(_Message, frozen=True, tag="link"):

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.net.messages import Message
 
 Raw = bytes | memoryview
-Door = int | str  # where a node waits for the data connection of another: port, or name
+Door = tuple[int, str]  # where a node waits for another: a port, and a name or nothing
 
 _ADDRESS = re.compile(
     r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<ipv6>[0-9A-Fa-f:.%a-z]+)\]):(?P<port>[0-9]{1,5})"
@@ -88,15 +88,8 @@ class Channel(Protocol):
 class Mesh(Protocol):
     """The data connections of one node to all others."""
 
-    machine: str  # the same for nodes that reach each other within a machine; empty: unknown
-
-    def bind(self, nodes: Sequence[int], beside: Collection[int]) -> list[Door]:
-        """Opens a door for each of these nodes: a port, or a name for those beside this one.
-
-        Args:
-            nodes: who is to come.
-            beside: nodes on the same machine, these or others.
-        """
+    def bind(self, nodes: Sequence[int]) -> list[Door]:
+        """Opens a door for each of these nodes."""
 
     def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
         """Connects to these nodes, each at its host and its door."""

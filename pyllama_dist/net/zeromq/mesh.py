@@ -1,7 +1,7 @@
 """The data connections of one node: a PAIR for each other node."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -12,7 +12,7 @@ from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.net import frames as wire
 from pyllama_dist.net.messages import Bye, Error, Link, Message
 from pyllama_dist.net.transport import ROOT, Channel, Door, LostError, Raw
-from pyllama_dist.net.zeromq.doors import endpoint, machine, open_door
+from pyllama_dist.net.zeromq.doors import endpoint, open_door
 from pyllama_dist.net.zeromq.sockets import (
     CLOSED,
     GOODBYE_MS,
@@ -69,19 +69,18 @@ class ZmqMesh:
 
     def __init__(self, context: Context, host: str) -> None:
         self._context, self._host = context, host
-        self.machine = machine()
         self._peers: dict[int, _Peer] = {}
         self._names: Sequence[str] = ()
         self._rests = 0  # exchanges to come that sleep at once
         self._next_rests = RESTS[0]
 
-    def bind(self, nodes: Sequence[int], beside: Collection[int]) -> list[Door]:
+    def bind(self, nodes: Sequence[int]) -> list[Door]:
         """See `Mesh`."""
         doors = []
         for node in nodes:
             peer = self._open(node)
             peer.bound = True
-            doors.append(open_door(peer.socket, self._host, node in beside))
+            doors.append(open_door(peer.socket, self._host))
         return doors
 
     def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
@@ -218,7 +217,7 @@ class ZmqMesh:
                 raise LostError("no room to send to it; is it reachable?", self._names[node])
 
     def _see_off(self, node: int, tracker: zmq.MessageTracker, deadline: float) -> None:
-        """Waits until a frame has left for the system, so that its memory can be written again."""
+        """Waits until ZeroMQ has let go of a frame: it was sent, or its connection is gone."""
         while not tracker.done:
             with suppress(zmq.NotDone):
                 tracker.wait(NAP_MS / 1000)
