@@ -82,12 +82,11 @@ def compare(
         rest = Others([ours.pid, theirs.pid])
         for name in names if number % 2 == 0 else reversed(names):
             starting(f"{what}: round {number + 1} of {rounds}, {name}")
-            if name == OURS and test.kind == "tg":
-                before = bandwidth()
-                rates[name].append(run(name))
+            around = name == OURS and test.kind == "tg"
+            before = bandwidth() if around else 0.0
+            rates[name].append(run(name))
+            if around:
                 read.append((before + bandwidth()) / 2)
-            else:
-                rates[name].append(run(name))
         others.append(rest.cores())
         loads.append(machine.load_average())
     best = max(THEIRS, THEIRS_FLASH, key=lambda name: median(rates[name]))

@@ -17,10 +17,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pyllama_kernels.jit import exact_kernel
+from pyllama_kernels.lowlevel import LINE
 
-_LINE = 64  # bytes of a cache line, and of a load
 _SUMS = 8  # lines read in one turn of the loop, each into a sum of its own
-TURN = _LINE * _SUMS
+TURN = LINE * _SUMS
 _SECONDS = 0.1  # of reading, at least: one pass may be 10 % faster or slower than the next
 
 
@@ -41,9 +41,9 @@ class MemoryReader:
         part = n_bytes // n_threads // TURN * TURN
         if part == 0:
             raise ValueError(f"{n_bytes} bytes for {n_threads} threads: {TURN} each are the least")
-        self._buffer = np.empty(part * n_threads + _LINE, np.uint8)
+        self._buffer = np.empty(part * n_threads + LINE, np.uint8)
         self._buffer.fill(1)  # pages that were never written are all the same one
-        first = self._buffer.ctypes.data + -self._buffer.ctypes.data % _LINE
+        first = self._buffer.ctypes.data + -self._buffer.ctypes.data % LINE
         self._parts = [(first + i * part, first + (i + 1) * part) for i in range(n_threads)]
         self._threads = ThreadPoolExecutor(n_threads, "read")
         self.bytes_per_second()
@@ -75,9 +75,9 @@ def _sum_lines(typingctx, start, end):
         sums = [cgutils.alloca_once_value(builder, zero) for _ in range(_SUMS)]
         with cgutils.for_range_slice(builder, *args, i64(TURN), i64) as (at, _):
             for i, total in enumerate(sums):
-                address = builder.add(at, i64(i * _LINE))
+                address = builder.add(at, i64(i * LINE))
                 pointer = builder.inttoptr(address, line.as_pointer())
-                read = builder.load(pointer, align=_LINE)
+                read = builder.load(pointer, align=LINE)
                 builder.store(builder.add(builder.load(total), read), total)
         whole = zero
         for total in sums:
