@@ -37,9 +37,9 @@ LOOKING, CROWDED = 1e-3, 1e-4
 # A node that has looked in vain is in the way of others, and its own. So many exchanges sleep at
 # once then: after each further time in vain twice as many, up to the last number.
 RESTS = 32, 4096
-# Frames above so many bytes may not fit into the system's buffer at once. ZeroMQ's thread, which
-# sends the rest, waits for its turn: a node that computed on would keep it, and so the others,
-# waiting for milliseconds. It waits until they have left.
+# A frame above so many bytes may not fit into the system's buffer at once. ZeroMQ's thread sends
+# the rest when it has its turn: a node that computed on would keep it, and so the others, waiting
+# for milliseconds (prompts on 2 nodes of one thread: a third slower). So an exchange waits for it.
 _LARGE = 1 << 16
 NAP_MS = 50  # then it looks whether its peers are still there
 
