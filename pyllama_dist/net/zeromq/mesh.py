@@ -218,7 +218,7 @@ class ZmqMesh:
 
     def _see_off(self, node: int, tracker: zmq.MessageTracker, deadline: float) -> None:
         """Waits until ZeroMQ has let go of a frame: it was sent, or its connection is gone."""
-        while not tracker.done:
+        while True:
             with suppress(zmq.NotDone):
                 tracker.wait(NAP_MS / 1000)
                 return
