@@ -10,13 +10,18 @@ of those rows of the batch whose logits were asked for; or, where it is "experts
 batch and one expert chosen for it, in the order of the experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from pyllama_dist.config import FloatType, Pairs, RopeScaling, Scoring
+from pyllama_dist.config import FloatType
+
+if TYPE_CHECKING:
+    from pyllama_dist.executor.lowering import Lowering, Row
+    from pyllama_dist.executor.memory import Constant, Memory
+    from pyllama_dist.validate import Check
 
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Width = Annotated[int, Meta(ge=0, le=1 << 24)]
@@ -25,11 +30,11 @@ Span = tuple[Width, Width]  # start, stop
 Rows = Literal["batch", "logits", "experts"]
 
 
-class _Part(Struct, frozen=True, forbid_unknown_fields=True):
+class Part(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all parts of a program."""
 
 
-class Pipe(_Part, frozen=True):
+class Pipe(Part, frozen=True):
     """Memory that nodes exchange: a slot for each node, or one slot in all."""
 
     name: Name
@@ -38,7 +43,7 @@ class Pipe(_Part, frozen=True):
     rows: Rows = "batch"
 
 
-class Buffer(_Part, frozen=True):
+class Buffer(Part, frozen=True):
     """A node's own memory, [rows, width]."""
 
     name: Name
@@ -47,7 +52,7 @@ class Buffer(_Part, frozen=True):
     rows: Rows = "batch"
 
 
-class Cache(_Part, frozen=True):
+class Cache(Part, frozen=True):
     """What one layer keeps: head_dim numbers for each slot, key head and position."""
 
     name: Name
@@ -56,7 +61,7 @@ class Cache(_Part, frozen=True):
     head_dim: Count
 
 
-class Weight(_Part, frozen=True):
+class Weight(Part, frozen=True):
     """The part of a tensor that a node holds: `rows` x `cols` of it."""
 
     tensor: Name
@@ -75,7 +80,7 @@ class Weight(_Part, frozen=True):
         return self.shape[0] * self.float_type.row_bytes(self.shape[1])
 
 
-class ExpertWeight(_Part, frozen=True):
+class ExpertWeight(Part, frozen=True):
     """The parts of the same matrix of every expert; `{}` in the tensor's name is the expert."""
 
     tensor: Name
@@ -93,206 +98,48 @@ class ExpertWeight(_Part, frozen=True):
         )
 
 
-class RmsNorm(_Part, frozen=True, tag="rms_norm"):
-    """target = source * rsqrt(mean(source^2) + epsilon) * weight.
+class Op:
+    """Something that a node does with its memory between two exchanges.
 
-    The mean is over as many values as the weight has: over a row, or over each head of a row.
+    An op is a frozen `Part`, with a tag that names it on the wire. It says everything about itself
+    but the kernel: which weights and memory it needs, what must hold of them, how NumPy computes
+    it, and which rows of the compiled table it becomes. Memory, checks and both executors are made
+    of that. Those of this package are in `ops`.
     """
 
-    source: Name
-    target: Name
-    weight: Weight
-    epsilon: float
+    __slots__ = ()
 
+    def weights(self) -> "tuple[Weight, ...]":
+        """The weights that it reads. The wire names them in this order."""
+        return ()
 
-class LayerNorm(_Part, frozen=True, tag="layer_norm"):
-    """target = (source - mean(source)) * rsqrt(variance(source) + epsilon) * weight + bias."""
+    def constants(self, program: "Program") -> "Iterable[Constant]":
+        """Arrays that it needs beside pipes, buffers and caches."""
+        return ()
 
-    source: Name
-    target: Name
-    weight: Weight
-    bias: Weight
-    epsilon: float
+    def shared_bytes(self, program: "Program") -> int:
+        """Bytes that its threads share while it runs."""
+        return 0
 
+    def scratch_bytes(self, program: "Program") -> int:
+        """Bytes that each of its threads needs while it runs."""
+        return 0
 
-class Quantize(_Part, frozen=True, tag="quantize"):
-    """target = source, rounded to Q80; each head by itself, for a `Matmul` of as many heads."""
+    def validate(self, check: "Check") -> None:
+        """Checks it against the memory that it names: compiled code trusts it.
 
-    source: Name
-    target: Name
-    heads: Count = 1
+        Raises:
+            ProtocolError: it would leave its memory, or misread it.
+        """
+        raise NotImplementedError
 
+    def run(self, memory: "Memory") -> None:
+        """Computes it with the reference implementation, for all rows of the batch."""
+        raise NotImplementedError
 
-class Matmul(_Part, frozen=True, tag="matmul"):
-    """target = source @ weight.T + bias.
-
-    With several heads, the weight is a stack of as many matrices: each multiplies its part of the
-    source, and makes its part of the target.
-    """
-
-    source: Name
-    target: Name
-    weight: Weight
-    bias: Weight | None = None
-    heads: Count = 1
-
-
-class Rope(_Part, frozen=True, tag="rope"):
-    """Turns the first `rotary_dim` values of each head in place."""
-
-    target: Name
-    head_dim: Count
-    rotary_dim: Width
-    theta: float
-    pairs: Pairs = Pairs.ADJACENT
-    scaling: RopeScaling | None = None
-
-
-class Concat(_Part, frozen=True, tag="concat"):
-    """Each head of the target is a head of `first`, followed by one of `second`."""
-
-    first: Name
-    second: Name
-    target: Name
-    heads: Count
-
-
-class Store(_Part, frozen=True, tag="store"):
-    """Writes each row into a cache, at the row's slot and position.
-
-    A cache of keys is laid out for products with queries; so is what serves as keys and values.
-    """
-
-    source: Name
-    cache: Name
-    keys: bool
-
-
-class Attention(_Part, frozen=True, tag="attention"):
-    """target = softmax(query @ keys.T * scale) @ values, over positions up to the row's.
-
-    Query head h of this node reads key head (first + h) // group of its caches. Where both caches
-    are the same one, values are the first numbers of the keys, as many as the target's heads have.
-    With a selection, only the positions that it holds are seen.
-    """
-
-    query: Name
-    target: Name
-    key_cache: Name
-    value_cache: Name
-    group: Count  # query heads that share a key head
-    first: Width  # place of this node's first query head in its group
-    scale: float
-    selection: Name | None = None
-
-
-class Select(_Part, frozen=True, tag="select"):
-    """target = 0 at the positions whose scores are the `top_k` highest, -inf at all others.
-
-    score = sum over heads h of weights[h] * relu(query[h] @ key * scale), for the positions up to
-    the row's; of equal scores the earlier position wins. The target is seq_len wide.
-    """
-
-    query: Name
-    weights: Name  # one for each head of the query
-    cache: Name
-    target: Name
-    top_k: Count
-    scale: float
-
-
-class Route(_Part, frozen=True, tag="route"):
-    """target = the weight of each expert in a row, 0 for those that are not chosen.
-
-    Scores are made of the source; those plus bias decide who is chosen: the groups whose best two
-    have the largest sum, and in them the `active` largest. The weights are the scores without bias.
-    Source: modeling_glm4_moe.py of transformers; DeepSeek-V3, 2024.
-    """
-
-    source: Name
-    target: Name
-    bias: Weight | None
-    scoring: Scoring
-    active: Count
-    groups: Count
-    active_groups: Count
-    normalize: bool
-    scale: float
-
-
-class Dispatch(_Part, frozen=True, tag="dispatch"):
-    """target = the rows of source, once for each expert chosen for them."""
-
-    source: Name
-    route: Name
-    target: Name
-
-
-class ExpertMatmul(_Part, frozen=True, tag="expert_matmul"):
-    """target = source @ weight.T, each row with the weight of its expert."""
-
-    source: Name
-    route: Name
-    target: Name
-    weight: ExpertWeight
-
-
-class Combine(_Part, frozen=True, tag="combine"):
-    """target = for each row of the batch, the sum of its experts' rows times their weights."""
-
-    source: Name
-    route: Name
-    target: Name
-
-
-class SiluMul(_Part, frozen=True, tag="silu_mul"):
-    """target = silu(gate) * up."""
-
-    gate: Name
-    up: Name
-    target: Name
-
-
-class Merge(_Part, frozen=True, tag="merge"):
-    """target = the sum of a pipe's slots, added in the order of the nodes."""
-
-    source: Name
-    target: Name
-
-
-class Add(_Part, frozen=True, tag="add"):
-    """target += source."""
-
-    source: Name
-    target: Name
-
-
-class Gather(_Part, frozen=True, tag="gather"):
-    """target = those rows of source whose logits were asked for."""
-
-    source: Name
-    target: Name
-
-
-Op = (
-    RmsNorm
-    | LayerNorm
-    | Quantize
-    | Matmul
-    | Rope
-    | Concat
-    | Store
-    | Attention
-    | Select
-    | SiluMul
-    | Route
-    | Dispatch
-    | ExpertMatmul
-    | Combine
-    | Merge
-    | Add
-    | Gather
-)
+    def lower(self, table: "Lowering") -> "list[Row]":
+        """It as rows of the compiled table."""
+        raise NotImplementedError
 
 
 class SyncKind(StrEnum):
@@ -303,14 +150,14 @@ class SyncKind(StrEnum):
     NODE_SLICES_EXCEPT_ROOT = "node_slices_except_root"  # every worker's slot goes to the root
 
 
-class Sync(_Part, frozen=True):
+class Sync(Part, frozen=True):
     """One exchange of a pipe."""
 
     pipe: Name
     kind: SyncKind
 
 
-class Segment(_Part, frozen=True):
+class Segment(Part, frozen=True):
     """Ops that run without a word to other nodes, then exchanges."""
 
     name: Name
@@ -318,14 +165,15 @@ class Segment(_Part, frozen=True):
     syncs: tuple[Sync, ...] = ()
 
 
-class Program(_Part, frozen=True):
+class Program(Part, frozen=True):
     """What one node runs for each step."""
 
     n_nodes: Count
     node: Width  # this node's index; the root is 0
     max_rows: Count  # rows of the largest batch
     max_logits: Count  # rows of a batch whose logits can be asked for
-    n_experts: Width  # experts chosen for each row
+    n_experts: Width  # experts that rows choose from
+    n_active_experts: Width  # chosen for each row
     n_slots: Count  # sequences whose keys and values are kept
     seq_len: Count  # positions of a sequence
     pipes: tuple[Pipe, ...]
@@ -338,11 +186,11 @@ class Program(_Part, frozen=True):
         return {
             "batch": self.max_rows,
             "logits": self.max_logits,
-            "experts": self.max_rows * self.n_experts,
+            "experts": self.max_rows * self.n_active_experts,
         }[rows]
 
 
-class Batch(_Part, frozen=True):
+class Batch(Part, frozen=True):
     """The rows of one step: for each its sequence and position, and which rows need logits."""
 
     slots: tuple[Width, ...]
@@ -368,19 +216,16 @@ def slots_used(program: Program, pipe: Pipe) -> tuple[int, ...]:
 
 def weights(program: Program) -> Iterator[Weight]:
     """The weights of all ops, in their order: the wire names a weight by its place here."""
+    for op in ops(program):
+        yield from op.weights()
+
+
+def ops(program: Program) -> Iterator[Op]:
+    """All ops, in order."""
     for segment in program.segments:
-        for op in segment.ops:
-            match op:
-                case RmsNorm():
-                    yield op.weight
-                case Matmul():
-                    yield op.weight
-                    if op.bias is not None:
-                        yield op.bias
-                case LayerNorm():
-                    yield op.weight
-                    yield op.bias
-                case Route(bias=Weight() as bias):
-                    yield bias
-                case ExpertMatmul():
-                    yield from op.weight.each
+        yield from segment.ops
+
+
+def ops_by_tag() -> dict[str, type[Op]]:
+    """All ops that there are, by the names that they have on the wire."""
+    return {str(op.__struct_config__.tag): op for op in Op.__subclasses__() if issubclass(op, Part)}

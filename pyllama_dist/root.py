@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllama_dist import __version__
-from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
@@ -41,6 +40,7 @@ from pyllama_dist.net.messages import (
 from pyllama_dist.net.transport import ROOT, Address, Channel, Dialer, Door, LostError, Mesh
 from pyllama_dist.node import Node
 from pyllama_dist.program import Batch, Program, Span, weights
+from pyllama_dist.validate import check_batch, check_program
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

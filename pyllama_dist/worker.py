@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 import psutil
 
+import pyllama_dist.ops  # noqa: F401 - the ops that programs are made of
 from pyllama_dist import __version__
-from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
@@ -39,6 +39,7 @@ from pyllama_dist.net.messages import (
 )
 from pyllama_dist.net.transport import Address, Channel, Listener, LostError, Mesh, Raw
 from pyllama_dist.node import Node
+from pyllama_dist.validate import check_batch, check_program
 
 log = logging.getLogger("pyllama_dist")
 

@@ -11,22 +11,13 @@ from pyllama_dist.config import Arch, FloatType
 from pyllama_dist.errors import UsageError
 from pyllama_dist.executor import make_executor
 from pyllama_dist.executor.compiled import CompiledExecutor
+from pyllama_dist.executor.interpreter import Interpreter
 from pyllama_dist.executor.memory import Memory, planned_bytes
-from pyllama_dist.executor.reference import ReferenceExecutor
-from pyllama_dist.program import (
-    Add,
-    Batch,
-    Buffer,
-    Program,
-    Quantize,
-    Rope,
-    Segment,
-    SiluMul,
-    weights,
-)
+from pyllama_dist.ops import Add, Quantize, Rope, SiluMul
+from pyllama_dist.program import Batch, Buffer, Program, Segment, weights
 from pyllama_kernels import layout, team
 from pyllama_kernels.attention import MOST
-from pyllama_kernels.optable import Code
+from pyllama_kernels.entries import ENTRIES
 from pyllama_kernels.pages import read_positions
 
 WEIGHTS = pytest.mark.parametrize(
@@ -48,7 +39,7 @@ def compiled(model, n_threads=1, **limits):
 
 @contextmanager
 def plain(model, **limits):
-    with ReferenceExecutor(model.programs(**limits)[0]) as executor:
+    with Interpreter(model.programs(**limits)[0]) as executor:
         model.fill(executor.memory)
         yield executor
 
@@ -207,7 +198,7 @@ def test_threads_round_what_they_activate(tiny, run_of, sizes, n_rows):
     tokens = tuple(i * 7 % 101 for i in range(n_rows))
     limits = {"max_rows": n_rows, "max_logits": n_rows, "seq_len": 80}
     with compiled(model, **limits) as one:
-        assert (one._table["code"][one._table["together"] == 2] == Code.SILU_MUL).any()
+        assert ENTRIES["silu_mul"].address in one._table["entry"][one._table["fused"] == 2]
         expected = step(model, one, tokens, run_of(0, tokens))
     with plain(model, **limits) as twin:
         assert_close(expected, step(model, twin, tokens, run_of(0, tokens)), FloatType.Q40)
@@ -226,6 +217,7 @@ def program_of(buffers: tuple[Buffer, ...], segments: tuple[Segment, ...]) -> Pr
         max_rows=5,
         max_logits=1,
         n_experts=0,
+        n_active_experts=0,
         n_slots=1,
         seq_len=8,
         pipes=(),
@@ -238,17 +230,17 @@ def program_of(buffers: tuple[Buffer, ...], segments: tuple[Segment, ...]) -> Pr
 def test_what_is_rounded_head_by_head_waits_for_all_that_is_activated():
     """There a part needs others than its own: a worker may be sent any program."""
 
-    def together(heads, source="hidden"):
+    def fused(heads, source="hidden"):
         buffers = tuple(Buffer(name, FloatType.F32, 64) for name in ("gate", "up", "hidden"))
         ops = (SiluMul("gate", "up", "hidden"), Quantize(source, "hidden_q80", heads))
         buffers = (*buffers, Buffer("hidden_q80", FloatType.Q80, 64))
         program = program_of(buffers, (Segment("activate", ops),))
         with CompiledExecutor(program, 1) as executor:
-            return executor._table["together"].tolist()
+            return executor._table["fused"].tolist()
 
-    assert together(heads=1) == [2, 1]
-    assert together(heads=2) == [1, 1]
-    assert together(heads=1, source="up") == [1, 1]
+    assert fused(heads=1) == [2, 1]
+    assert fused(heads=2) == [1, 1]
+    assert fused(heads=1, source="up") == [1, 1]
 
 
 def test_many_steps_in_a_row(tiny, run_of):
@@ -485,7 +477,7 @@ def test_who_opens_an_op_may_be_put_aside():
 
 def test_the_environment_chooses_the_kernels(tiny, monkeypatch):
     program = tiny().programs()[0]
-    for asked, kind in (("portable", CompiledExecutor), ("reference", ReferenceExecutor)):
+    for asked, kind in (("portable", CompiledExecutor), ("reference", Interpreter)):
         monkeypatch.setenv("PYLLAMA_KERNELS", asked)
         with make_executor(program, 1) as executor:
             assert isinstance(executor, kind)
@@ -499,9 +491,9 @@ def arrays_of(memory):
     yield from (pipe.memory for pipe in memory.pipes.values())
     yield from memory.buffers.values()
     yield from memory.caches.values()
-    yield from (memory.matrix(index) for index in range(len(memory.weights)))
-    for tables in memory.rope.values():
-        yield from tables
+    yield from map(memory.matrix, weights(memory.program))
+    for made in memory.constants.values():
+        yield from made if isinstance(made, tuple) else (made,)
 
 
 @WEIGHTS
@@ -510,7 +502,7 @@ def arrays_of(memory):
 def test_no_more_memory_is_taken_than_planned(tiny, float_type, n_nodes, cache):
     model = tiny(weights=float_type, head_dim=32)
     for program in model.programs(n_nodes, sync=FloatType.Q80, cache=cache, seq_len=37):
-        with ReferenceExecutor(program) as executor:
+        with Interpreter(program) as executor:
             assert sum(array.nbytes for array in arrays_of(executor.memory)) <= (
                 planned_bytes(program)
             )
@@ -521,9 +513,9 @@ def test_weights_are_kept_as_kernels_read_them(tiny, float_type):
     model = tiny(weights=float_type)
     memory = Memory(model.programs(3)[1])
     model.fill(memory)
-    for index, weight in enumerate(weights(memory.program)):
+    for weight in weights(memory.program):
         expected = model.slice(weight.tensor, weight.rows, weight.cols)
-        found = memory.matrix(index)
+        found = memory.matrix(weight)
         if weight.float_type is FloatType.Q40:
             found = layout.unpack_weights(found).reshape(-1, expected.shape[1])
             assert not found[len(expected) :].any()
@@ -533,7 +525,7 @@ def test_weights_are_kept_as_kernels_read_them(tiny, float_type):
 def test_memory_that_kernels_read_starts_at_cache_lines(tiny):
     memory = Memory(tiny(weights=FloatType.Q40).programs(3)[1])
     held = [*memory.buffers.values(), *memory.caches.values()]
-    held += [memory.matrix(index) for index in range(len(memory.weights))]
+    held += map(memory.matrix, weights(memory.program))
     assert all(array.ctypes.data % 64 == 0 for array in held)
 
 
@@ -544,6 +536,7 @@ def test_tables_of_rope_are_planned_for():
         max_rows=1,
         max_logits=1,
         n_experts=0,
+        n_active_experts=0,
         n_slots=1,
         seq_len=1 << 24,
         pipes=(),

@@ -12,7 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pyllama_dist.check import check_program
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net.frames import (
@@ -45,6 +44,7 @@ from pyllama_dist.net.messages import (
     Welcome,
 )
 from pyllama_dist.program import Batch, Program
+from pyllama_dist.validate import check_program
 
 KINDS = Message.__args__
 
@@ -60,7 +60,8 @@ widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
 
 EMPTY = Program(
-    n_nodes=1, node=0, max_rows=1, max_logits=1, n_experts=0, n_slots=1, seq_len=1,
+    n_nodes=1, node=0, max_rows=1, max_logits=1, n_experts=0, n_active_experts=0,
+    n_slots=1, seq_len=1,
     pipes=(), buffers=(), caches=(), segments=(),
 )  # fmt: skip
 

@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pyllama_dist.executor.memory import rope_tables
-from pyllama_kernels import blocks, jit, ops, optable, products, reference, warm_up
+from pyllama_dist.ops.rope import rope_tables
+from pyllama_kernels import blocks, jit, oploop, ops, optable, reference, warm_up
 from pyllama_kernels.exponential import exp, exp_of_differences
 
 KERNELS = pytest.mark.parametrize("kernels", [ops, reference], ids=["compiled", "reference"])
@@ -248,7 +248,7 @@ def test_shares_of_threads_tile_the_whole(total, n_threads):
 
 @given(st.integers(0, 10_000), st.integers(1, 33))
 def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
-    shares = [products.falling_share(total, part, parts) for part in range(parts)]
+    shares = [oploop.falling_share(total, part, parts) for part in range(parts)]
     assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
     assert shares[-1][1] == total
     sizes = [stop - start for start, stop in shares]
@@ -258,16 +258,11 @@ def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
 
 @pytest.mark.skipif(jit.CACHE is None, reason="compiled code is not kept here")
 def test_what_is_compiled_ahead_is_what_the_op_loop_calls():
-    """With other types of arguments the op loop would compile it again, and nobody would see."""
+    """With other types of arguments it would be compiled again, and nobody would see."""
     warm_up.compile_attention()
     warm_up.compile_rest()
     warm_up.warm_up()
-    large = (
-        "products.multiply_together",
-        "units.run_rows",
-        "units.run_attention",
-        "units.run_experts",
-    )
+    large = ("products.multiply", "entries.rms_norm", "entries.attend", "oploop.run")
     for name in large:
         # A folder for each place that the sources are in, a file for each combination of types.
         folders = [path.parent for path in jit.CACHE.glob(f"**/{name}-*.nbc")]

@@ -16,7 +16,8 @@ from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.models.layers import Layers, Step
 from pyllama_dist.models.plan import Plan, shares
-from pyllama_dist.program import Add, Program
+from pyllama_dist.ops import Add
+from pyllama_dist.program import Program
 from pyllama_dist.simulate import simulated_root
 from pyllama_kernels import reference
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllama_dist.config import Arch, FloatType
+from pyllama_dist.ops import Attention
 from pyllama_dist.partition import BLOCK, cut, head_unit, max_nodes, partition
-from pyllama_dist.program import Attention, weights
+from pyllama_dist.program import weights
 
 HEAD_DIMS = (8, 12, 16, 20, 32, 48, 64, 80, 96, 128)
 

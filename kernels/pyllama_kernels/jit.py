@@ -61,14 +61,6 @@ def kernel(function: Callable[..., Any]) -> Any:
     return _compiled(function, fastmath={"nsz", "arcp", "contract", "reassoc"})
 
 
-def kernel_within(function: Callable[..., Any]) -> Any:
-    """As `kernel`, for a large function with one caller, whose code becomes part of the caller's.
-
-    LLVM then works through it once, where it would for the function and again for the caller.
-    """
-    return _compiled(function, inline="always")
-
-
 def exact_kernel(function: Callable[..., Any]) -> Any:
     """As `kernel`, but every floating-point operation is rounded as it is written."""
     return _compiled(function, fastmath=False)

@@ -1,18 +1,19 @@
 """The compiled op loop: a table of ops, and the threads that work through it together.
 
-A row of the table is one op: its code, the addresses of its memory and its sizes. An op is cut by
+A row of the table is one op: its entry, the addresses of its memory and its sizes. An op is cut by
 its outputs (rows of a matrix, heads, blocks) into ranges and parts, so that no result depends on
 the number of threads or on who does which part: see `team`.
 """
 
 from typing import Any
 
-from pyllama_kernels.jit import kernel, kernel_within
+from pyllama_kernels.entry import call
+from pyllama_kernels.jit import kernel
 from pyllama_kernels.layout import BLOCK, GROUP_BYTES
 from pyllama_kernels.lowlevel import atomic_add, atomic_load, atomic_store
-from pyllama_kernels.optable import N_ROWS, POSITIONS, Code, i64, share
+from pyllama_kernels.optable import N_ROWS, POSITIONS, Cut, i64, share
 from pyllama_kernels.pages import CHUNK
-from pyllama_kernels.products import count_units, is_product, multiply_together
+from pyllama_kernels.products import Q40, count_units
 from pyllama_kernels.team import (
     COMMAND,
     LAST,
@@ -25,7 +26,6 @@ from pyllama_kernels.team import (
     wait_for_command,
     wait_for_next,
 )
-from pyllama_kernels.units import run_attention, run_experts, run_rows
 
 _FAR = 16  # ops between two matrices, at most
 _SHARES = 4  # parts of a range of what takes long: a thread that is slow gets fewer
@@ -37,7 +37,7 @@ _NUMBERS = 1 << 12  # in a part of anything else, at least
 
 
 @kernel
-def count_together(op: Any, step: Any, n_threads: int) -> int:
+def count_fused(op: Any, step: Any, n_threads: int) -> int:
     """How many ops are opened with this one: see `OP`."""
     if n_threads == 1:
         return 1
@@ -47,45 +47,35 @@ def count_together(op: Any, step: Any, n_threads: int) -> int:
         seen = i64(step[POSITIONS], 1)[0] + _AS_POSITIONS if one_row else 0
         if not one_row or seen > CHUNK or seen * op.heads * op.n < _WORTH_SHARING:
             return 1
-    return op.together
+    return op.fused
 
 
 @kernel
 def count_parts(table: Any, i: int, step: Any, n_threads: int) -> tuple[int, int]:
-    """How op i is cut, with those that are opened with it: into ranges, and parts of each.
+    """How op i is cut, with those that are fused with it: into ranges, and parts of each.
 
     Enough for all threads, none too small to be worth it.
     """
     op = table[i]
     rows = step[op.rows]
-    if n_threads == 1 or rows == 0:
+    if n_threads == 1 or rows == 0 or op.cut == Cut.ONE:
         return min(rows, 1), 1
-    code, n = op.code, op.n
-    if op.units and count_together(op, step, n_threads) > 1:
+    if op.units and count_fused(op, step, n_threads) > 1:
         return min(n_threads, op.units), 1
-    if is_product(op):
+    if op.cut == Cut.PRODUCTS:
         outputs = 0
-        for row in range(i, i + op.together):
+        for row in range(i, i + op.fused):
             outputs += table[row].m
         # In a batch some experts have more rows than others: more parts make up for it.
         shares = 4 * _SHARES if op.plan and step[N_ROWS] > 1 else _SHARES
-        return cut_twice(shares, rows * n * outputs // _PRODUCTS, n_threads)
-    if code == Code.ROUTE:
-        return min(rows, n_threads, 1 + rows * n * op.active // _NUMBERS), 1
-    if code == Code.MAKE_PLAN:
-        return 1, 1
-    if code == Code.COMBINE:
-        return min(n_threads, 1 + rows * n * op.active // _NUMBERS), 1
-    if code == Code.ATTEND:
+        return cut_twice(shares, rows * op.n * outputs // _PRODUCTS, n_threads)
+    if op.cut == Cut.ATTENTION:
         seen = rows * i64(step[POSITIONS], rows).max()
-        return cut_twice(_SHARES, seen * op.heads * n // _SCORES, n_threads)
-    if code == Code.SELECT:
+        return cut_twice(_SHARES, seen * op.cost // _SCORES, n_threads)
+    if op.cut == Cut.SELECTION:
         return cut_twice(_SHARES, rows, n_threads)
-    gathers = code == Code.GATHER or code == Code.DISPATCH
-    if code == Code.RMS_NORM or code == Code.LAYER_NORM or gathers:
-        return min(rows, n_threads), 1
-    heads = op.heads if op.heads else 1
-    return min(n_threads, 1 + rows * heads * n // _NUMBERS), 1
+    ranges = min(n_threads, 1 + rows * op.cost // _NUMBERS)
+    return min(rows, ranges) if op.cut == Cut.ROWS else ranges, 1
 
 
 @kernel
@@ -97,52 +87,75 @@ def cut_twice(shares: int, most: int, n_threads: int) -> tuple[int, int]:
 
 @kernel
 def cut(op: Any, step: Any, part: int, parts: int, n_threads: int) -> tuple[int, int, int, int]:
-    """What a part of the ops that are opened with an op is made of.
+    """What a part of the ops that are fused with an op is made of.
 
     Its first unit, the one after its last, all units; and the ops that are run for each unit, one
-    after the other. Products have one unit for each part: they are cut within `multiply_together`.
+    after the other. Products have one unit for each part: they are cut in `multiply_fused`.
     """
-    if is_product(op):
-        return part, part + 1, parts, 1
-    together = count_together(op, step, n_threads)
-    if together == 1 or op.units == 0:
-        return part, part + 1, parts, together
+    fused = 1 if op.cut == Cut.PRODUCTS else count_fused(op, step, n_threads)
+    if fused == 1 or op.units == 0:
+        return part, part + 1, parts, fused
     first, last = share(op.units, part, parts)
-    return first, last, op.units, together
+    return first, last, op.units, fused
 
 
-@kernel_within
+@kernel
+def falling_share(total: int, part: int, parts: int) -> tuple[int, int]:
+    """As `share`, but the last parts are the smallest, so that all threads end at about a time."""
+    left, after = parts - part, parts - part - 1
+    return total - total * left**3 // parts**3, total - total * after**3 // parts**3
+
+
+@kernel
+def multiply_fused(
+    table: Any, first: int, last: int, step: Any, where: int, ranges: int, part: int, parts: int
+) -> None:
+    """One part of range `where` of products of the same input, ops `first` to `last` of the table.
+
+    They are cut as if they were one, so a thread may go from the end of one matrix to the beginning
+    of the next. What a range reads lies in a row, but for one jump from matrix to matrix.
+    """
+    total = 0
+    for i in range(first, last):
+        total += count_units(table[i])
+    start, stop = share(total, where, ranges)
+    a, z = falling_share(stop - start, part, parts)
+    a, z = start + a, start + z
+    for i in range(first, last):
+        op, units = table[i], count_units(table[i])
+        if a < units and z > 0:
+            call(op.entry, op, step, max(a, 0), min(z, units), 0)
+        a, z = a - units, z - units
+
+
+@kernel
 def run_unit(
     table: Any, i: int, step: Any, part: int, parts: int, each: int, thread: int, n_threads: int
 ) -> None:
-    """One part of op i, by one thread; of products, of all that are opened with it.
+    """One part of op i, by one thread; of products, of all that are fused with it.
 
     `each` is the parts of a range; `part` and `parts` count those of all ranges.
     """
     op = table[i]
-    if op.code < Code.MATMUL_F32:
-        run_rows(op, step, part, parts)
-    elif op.code < Code.ROPE:
-        last, ranges = i + count_together(op, step, n_threads), parts // each
-        multiply_together(table, i, last, step, part // each, ranges, part % each, each)
-    elif op.code < Code.ROUTE:
-        run_attention(op, step, part, parts, thread)
+    if op.cut == Cut.PRODUCTS:
+        last, ranges = i + count_fused(op, step, n_threads), parts // each
+        multiply_fused(table, i, last, step, part // each, ranges, part % each, each)
     else:
-        run_experts(op, step, part, parts)
+        call(op.entry, op, step, part, parts, thread)
 
 
 @kernel
 def find_next(table: Any, i: int, step: Any, state: Any, n_threads: int) -> tuple[int, int, int]:
     """Op i of the table or, if it has nothing to do, the next one that has; and how it is cut.
 
-    That is with all ops that are opened with it. At the end of the command there are 0 ranges.
+    That is with all ops that are fused with it. At the end of the command there are 0 ranges.
     """
     last = atomic_load(state, LAST)
     while i < last:
         ranges, each = count_parts(table, i, step, n_threads)
         if ranges > 0:
             return i, ranges, each
-        i += count_together(table[i], step, n_threads)
+        i += count_fused(table[i], step, n_threads)
     return i, 0, 0
 
 
@@ -152,8 +165,10 @@ def next_weights(table: Any, i: int, step: Any, state: Any, thread: int, n_threa
     last = min(atomic_load(state, LAST), i + _FAR)
     while i < last:
         op = table[i]
-        if op.code == Code.MATMUL_Q40:
-            units = count_units(table, i, i + count_together(op, step, n_threads))
+        if op.cut == Cut.PRODUCTS and op.kind == Q40 and op.plan == 0:
+            units = 0
+            for j in range(i, i + count_fused(op, step, n_threads)):
+                units += count_units(table[j])
             first = share(units, thread, n_threads)[0]
             return op.w + first * (op.n // BLOCK) * GROUP_BYTES
         i += 1
@@ -167,9 +182,7 @@ def run(
     """Runs ops of the table with the whole team.
 
     Thread 0 leads: it gives the command and returns when all is done. The others follow: they help
-    with one command after the other, and return when a step is over and none begins soon. One
-    function for both: each further one would hold a copy of all kernels, and take seconds to
-    compile.
+    with one command after the other, and return when a step is over and none begins soon.
 
     Args:
         table: [n] OP.
@@ -196,7 +209,7 @@ def run(
                 break
             if part >= each:
                 if where == thread:
-                    after = i + count_together(table[i], step, n_threads)
+                    after = i + count_fused(table[i], step, n_threads)
                     ahead = next_weights(table, after, step, state, thread, n_threads)
                     wait_for_next(state, thread, i, ahead)
                 continue
@@ -215,7 +228,7 @@ def run(
                 if parts > 1 and not are_last(state, done, parts):
                     break
                 # What has one part is done at once: to open it would only move its data about.
-                i += count_together(table[i], step, n_threads)
+                i += count_fused(table[i], step, n_threads)
                 i, ranges, each = find_next(table, i, step, state, n_threads)
                 where = part = 0
                 if ranges * each != 1:

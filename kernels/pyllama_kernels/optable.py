@@ -11,46 +11,23 @@ from pyllama_kernels.lowlevel import float32_pointer, int64_pointer, uint8_point
 from pyllama_kernels.plans import EXPERTS, HEAD, ROOM, plan_words
 
 
-class Code(IntEnum):
-    """What an op does: the kernel of the same name. The families lie one after the other."""
+class Cut(IntEnum):
+    """How an op is cut into parts for the threads: see `oploop.count_parts`."""
 
-    # Rows of a batch: see `units.run_rows`.
-    RMS_NORM = 0
-    LAYER_NORM = 1
-    QUANTIZE = 2
-    PACK_Q80 = 3
-    SILU_MUL = 4
-    MERGE_F32 = 5
-    MERGE_Q80 = 6
-    ADD = 7
-    GATHER = 8
-    DISPATCH = 9  # gathers the rows of a plan
-    # Products: see `products`.
-    MATMUL_F32 = 10
-    MATMUL_Q40 = 11
-    MATMUL_Q80 = 12
-    EXPERTS_F32 = 13  # for each expert, the kernel that `MATMUL_F32` is for a batch
-    EXPERTS_Q40 = 14
-    EXPERTS_Q80 = 15
-    # Attention: see `units.run_attention`.
-    ROPE = 16
-    CONCAT = 17
-    STORE_KEYS = 18
-    STORE_VALUES = 19
-    ATTEND = 20
-    JOIN = 21
-    SELECT = 22
-    # Who gets which rows, of experts: see `units.run_experts`.
-    ROUTE = 23
-    MAKE_PLAN = 24
-    QUANTIZE_EXPERTS = 25
-    COMBINE = 26
+    ONE = 0  # not at all
+    ROWS = 1  # by rows of the batch
+    NUMBERS = 2  # anywhere
+    PRODUCTS = 3  # by outputs, with all products of the same input: see `products`
+    ATTENTION = 4  # by key heads, rows and chunks of positions
+    SELECTION = 5  # by rows that each take long
 
 
 # Addresses are of the first byte; `n` and `m` are values in a row of the input and of the output.
 OP = np.dtype(
     [
-        ("code", np.int64),
+        ("entry", np.int64),  # address of the function that does a part: see `entry`
+        ("cut", np.int64),
+        ("cost", np.int64),  # numbers that each row takes, to judge whether threads pay
         ("rows", np.int64),  # which word of a step counts the rows that are written
         ("a", np.int64),  # first input
         ("b", np.int64),  # second input: up, value cache, sin
@@ -63,7 +40,7 @@ OP = np.dtype(
         ("kv_heads", np.int64),
         ("seq_len", np.int64),
         ("n_slots", np.int64),
-        ("kind", np.int64),  # of a cache, see `cache`
+        ("kind", np.int64),  # float type of a weight or a cache; of the others what they say
         ("pages", np.int64),
         ("page_bytes", np.int64),
         ("first", np.int64),
@@ -76,9 +53,9 @@ OP = np.dtype(
         ("active", np.int64),  # experts chosen for each row
         ("active_groups", np.int64),
         ("normalize", np.int64),
-        # Ops from this one on that several threads work on at once: itself, products of the same
-        # input, or ops of which a part needs only the same part of those before it.
-        ("together", np.int64),
+        # Ops from this one on that are fused: itself, products of the same input, or ops of which
+        # a part needs only the same part of those before it.
+        ("fused", np.int64),
         ("units", np.int64),  # key heads that those are cut into; 0: whatever parts there are
     ],
     align=True,

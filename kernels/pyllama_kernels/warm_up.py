@@ -1,27 +1,24 @@
 """Has all that is compiled at the beginning ready: from the cache, or compiled now."""
 
-from typing import Any
-
 import numpy as np
-from numba import from_dtype, int64, types
 
-from pyllama_kernels import oploop, optable, products, sampling, team, units
+from pyllama_kernels import entries, oploop, optable, sampling, team
+from pyllama_kernels.entry import ENTRIES
 
-_OP = from_dtype(optable.OP)
-_TABLE, _WORDS = types.Array(_OP, 1, "C"), types.Array(int64, 1, "C")
+_LARGE = (entries.attend.name, entries.select.name)  # take as long to compile as all others
 
 
 def compile_attention() -> None:
-    """A large part of the op loop, for a process of its own: the cache brings them together."""
-    _compile(units.run_attention, _OP, _WORDS, int64, int64, int64)
+    """The large entries, for a process of its own: the cache brings them together."""
+    for name in _LARGE:
+        _ = ENTRIES[name].address
 
 
 def compile_rest() -> None:
-    """All the large parts but attention, likewise."""
-    _compile(products.multiply_together, _TABLE, int64, int64, _WORDS, *[int64] * 4)
-    _compile(units.run_rows, _OP, _WORDS, int64, int64)
-    _compile(units.run_experts, _OP, _WORDS, int64, int64)
-    _sample()
+    """All other entries, likewise, and what calls them."""
+    for name in ENTRIES.keys() - set(_LARGE):
+        _ = ENTRIES[name].address
+    warm_up()
 
 
 def warm_up() -> None:
@@ -32,14 +29,6 @@ def warm_up() -> None:
     team.is_inside(state, 0)
     oploop.run(table, 0, 0, step, state, 0, 1)
     oploop.end_step(state)
-    _sample()
-
-
-def _sample() -> None:
     logits = np.zeros(sampling.VECTOR, np.float32)
     tokens = np.zeros(logits.size, np.int32)
     sampling.sample(logits, logits[0], 1.0, 1.0, 0.0, logits, tokens)
-
-
-def _compile(kernel: Any, *arguments: Any) -> None:
-    kernel.compile(arguments)

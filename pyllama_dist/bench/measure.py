@@ -9,7 +9,8 @@ import numpy as np
 
 from pyllama_dist.errors import UsageError
 from pyllama_dist.node import Spent
-from pyllama_dist.program import Batch, ExpertMatmul, Matmul, Op, Program
+from pyllama_dist.ops import ExpertMatmul, Matmul
+from pyllama_dist.program import Batch, Op, Program
 from pyllama_dist.root import Root
 
 
@@ -211,7 +212,7 @@ def matrix_bytes(program: Program) -> int:
             case Matmul():
                 return op.weight.nbytes
             case ExpertMatmul():
-                return op.weight.each[0].nbytes * program.n_experts
+                return op.weight.each[0].nbytes * program.n_active_experts
         return 0
 
     return sum(size(op) for segment in program.segments for op in segment.ops)

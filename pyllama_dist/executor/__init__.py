@@ -1,4 +1,4 @@
-"""Runs a node's program on its memory. Two ways: `compiled`, and `reference` to step through."""
+"""Runs a node's program on its memory. Two ways: `compiled`, and `interpreter` to step through."""
 
 import subprocess
 import sys
@@ -51,9 +51,9 @@ def make_executor(program: Program, n_threads: int) -> Executor:
         UsageError: `PYLLAMA_KERNELS` asks for kernels that are unknown or cannot run here.
     """
     if kernels() == REFERENCE:
-        from pyllama_dist.executor.reference import ReferenceExecutor
+        from pyllama_dist.executor.interpreter import Interpreter
 
-        return ReferenceExecutor(program)
+        return Interpreter(program)
     from pyllama_dist.executor.compiled import CompiledExecutor
 
     return CompiledExecutor(program, n_threads)

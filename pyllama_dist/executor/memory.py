@@ -1,26 +1,24 @@
 """The memory of one node: pipes, buffers, caches and weights, all allocated once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dist.config import FloatType, RopeScaling
+from pyllama_dist.config import FloatType
 from pyllama_dist.executor.arena import U8, arena
 from pyllama_dist.program import (
-    Attention,
     Batch,
     Buffer,
     Cache,
-    ExpertMatmul,
-    Op,
     Pipe,
     Program,
-    Rope,
-    Route,
+    Rows,
     Weight,
+    ops,
+    own_slot,
     slots_used,
     weights,
 )
@@ -33,19 +31,28 @@ from pyllama_kernels.layout import (
     pack_weights_in_place,
     packed_rows,
 )
-from pyllama_kernels.pages import CHUNK, FEW, PAGE, page_bytes
-from pyllama_kernels.plans import most_tile_rows, new_plan, plan_words
+from pyllama_kernels.pages import PAGE, page_bytes
+from pyllama_kernels.plans import most_tile_rows
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
-RopeKind = tuple[int, float, RopeScaling | None]  # rotary_dim, theta, scaling
-_POSITIONS = 4096  # whose angles are worked out at once
-_Op = TypeVar("_Op", bound=Op)
 
 # Before each slot of a pipe, so that a frame's head and its data can be sent as they lie.
 HEADROOM = 64
 # Slots are this far apart, or a multiple: whole Q80 blocks (34 bytes) and whole cache lines (64).
 STRIDE = 1088
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An array, or several, that an op needs beside pipes, buffers and caches.
+
+    Ops that name the same key share what the first one of them makes.
+    """
+
+    key: Hashable
+    nbytes: int
+    make: Callable[[], Any]
 
 
 def pipe_bytes(program: Program, pipe: Pipe) -> int:
@@ -60,48 +67,22 @@ def planned_bytes(program: Program) -> int:
     positions = -(-program.seq_len // PAGE) * PAGE  # caches are whole pages
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
-    tables = sum(4 * rotary_dim for rotary_dim, _, _ in _rope_kinds(program))
+    constants = {c.key: c.nbytes for op in ops(program) for c in op.constants(program)}
     facts = 8 * (2 * program.max_rows + program.max_logits)
-    held = sum(_room(weight) for weight in weights(program))
-    kept = caches * program.n_slots * positions + tables * program.seq_len
-    parts = max((parts_bytes(program, op) for op in ops_of(program, Attention)), default=0)
-    plans = sum(8 * _plan_words(program, n_experts) for n_experts in _routes(program).values())
-    plans += sum(8 * op.weight.count for op in ops_of(program, ExpertMatmul))  # their addresses
-    return held + kept + buffers + pipes + facts + parts + plans
+    held = sum(_room(weight) + 8 for weight in weights(program))  # and its address
+    kept = caches * program.n_slots * positions
+    return held + kept + buffers + pipes + facts + shared_bytes(program) + sum(constants.values())
 
 
-def rope_kind(op: Rope) -> RopeKind:
-    """What the table of cosines and sines depends on."""
-    return op.rotary_dim, op.theta, op.scaling
+def shared_bytes(program: Program) -> int:
+    """Bytes that the threads share while an op runs: one piece serves all ops."""
+    return max((op.shared_bytes(program) for op in ops(program)), default=0)
 
 
-def _rope_kinds(program: Program) -> set[RopeKind]:
-    """The tables that a program needs."""
-    return {rope_kind(op) for op in ops_of(program, Rope)}
-
-
-def _routes(program: Program) -> dict[str, int]:
-    """The buffers that routes are written to, and how many experts each tells apart."""
-    routed = {op.target for op in ops_of(program, Route)}
-    return {buffer.name: buffer.width for buffer in program.buffers if buffer.name in routed}
-
-
-def _plan_words(program: Program, n_experts: int) -> int:
-    return plan_words(n_experts, program.rows_of("experts"))
-
-
-def parts_bytes(program: Program, op: Attention) -> int:
-    """Bytes of what an attention op finds in each chunk of positions, for a small batch."""
-    head_dim = next(c.head_dim for c in program.caches if c.name == op.key_cache)
-    width = next(b.width for b in program.buffers if b.name == op.query)
-    chunks = -(-program.seq_len // CHUNK)
-    return 4 * FEW * width // head_dim * chunks * (head_dim + 2)  # values are no wider than keys
-
-
-def ops_of(program: Program, kind: type[_Op]) -> Iterator[_Op]:
-    """All ops of a kind, in order."""
-    for segment in program.segments:
-        yield from (op for op in segment.ops if isinstance(op, kind))
+def scratch_bytes(program: Program) -> int:
+    """Bytes that each thread needs while an op runs, whole cache lines: likewise."""
+    most = max((op.scratch_bytes(program) for op in ops(program)), default=0)
+    return -(-most // 64) * 64
 
 
 def _buffer_bytes(program: Program, buffer: Buffer) -> int:
@@ -109,8 +90,7 @@ def _buffer_bytes(program: Program, buffer: Buffer) -> int:
     if buffer.float_type is FloatType.F32:
         return 4 * rows * buffer.width
     if buffer.rows == "experts":
-        n_experts = max(_routes(program).values(), default=rows)
-        return most_tile_rows(rows, n_experts) * (buffer.width // BLOCK) * ROW_BYTES
+        return most_tile_rows(rows, program.n_experts) * (buffer.width // BLOCK) * ROW_BYTES
     # A small batch has small tiles, but never takes more than the largest one.
     return activation_bytes(max(rows, 4), buffer.width)
 
@@ -164,46 +144,12 @@ class PipeMemory:
         return self.payload(slot, rows).view(np.float32)
 
 
-def rope_tables(
-    seq_len: int, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[F32, F32]:
-    """Cosines and sines of position * theta^(-2i / rotary_dim), the frequencies maybe scaled.
-
-    Returns:
-        Two arrays [seq_len, rotary_dim / 2] float32.
-
-    Source: rope types "default" and "llama3" of transformers.
-    """
-    pairs = np.arange(rotary_dim // 2, dtype=np.float64)
-    frequencies = theta ** (-2 * pairs / rotary_dim)
-    if scaling is not None:
-        frequencies = _scaled(frequencies, scaling)
-    cos = np.empty((seq_len, len(pairs)), np.float32)
-    sin = np.empty_like(cos)
-    for start in range(0, seq_len, _POSITIONS):  # in float64, but never all of it
-        angles = np.outer(np.arange(start, min(start + _POSITIONS, seq_len)), frequencies)
-        cos[start : start + _POSITIONS] = np.cos(angles)
-        sin[start : start + _POSITIONS] = np.sin(angles)
-    return cos, sin
-
-
-def _scaled(frequencies: npt.NDArray[np.float64], s: RopeScaling) -> npt.NDArray[np.float64]:
-    """Long waves are stretched by the factor, short ones stay, those between change over."""
-    turns = s.original_max_seq_len * frequencies / (2 * np.pi)  # within the trained length
-    span = s.high_freq_factor - s.low_freq_factor
-    # Where both are one there is nothing between: long or short.
-    share = (turns - s.low_freq_factor) / span if span else turns > s.high_freq_factor
-    kept: npt.NDArray[np.float64] = np.clip(share, 0, 1).astype(np.float64)
-    return frequencies * (kept + (1 - kept) / s.factor)
-
-
 class Memory:
     """Everything that a program's ops read and write, by name."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._specs = list(weights(program))
-        routes = _routes(program)
         memory = iter(
             arena(
                 [
@@ -212,7 +158,6 @@ class Memory:
                 ]
                 + [(_buffer_bytes(program, buffer),) for buffer in program.buffers]
                 + [_cache_shape(program, cache) for cache in program.caches]
-                + [(8 * _plan_words(program, n_experts),) for n_experts in routes.values()]
                 + [(_room(weight),) for weight in self._specs]
             )
         )
@@ -222,19 +167,21 @@ class Memory:
         }
         self.buffers = {b.name: _typed(program, b, next(memory)) for b in program.buffers}
         self.caches = {cache.name: next(memory) for cache in program.caches}
-        # Beside each route: which rows go to which expert.
-        self.plans = {
-            name: new_plan(n_experts, program.rows_of("experts"), next(memory).view(np.int64))
-            for name, n_experts in routes.items()
-        }
+        self.cache_specs = {cache.name: cache for cache in program.caches}
         self._rooms = list(memory)
         # As they arrive, in the order of a file; `settle` turns them into what kernels read.
         self.weights: list[U8] = [
             room[: weight.nbytes] for room, weight in zip(self._rooms, self._specs, strict=True)
         ]
-        self.rope: dict[RopeKind, tuple[F32, F32]] = {
-            kind: rope_tables(program.seq_len, *kind) for kind in _rope_kinds(program)
-        }
+        # Ops hold equal weights only if they are the same part of the same tensor.
+        self._index = {weight: index for index, weight in enumerate(self._specs)}
+        self.constants: dict[Hashable, Any] = {}
+        for op in ops(program):
+            for constant in op.constants(program):
+                if constant.key not in self.constants:
+                    self.constants[constant.key] = constant.make()
+        self._rows: dict[str, Rows] = {part.name: part.rows for part in program.pipes}
+        self._rows |= {part.name: part.rows for part in program.buffers}
         self.slots: I64 = np.zeros(program.max_rows, np.int64)
         self.positions: I64 = np.zeros(program.max_rows, np.int64)
         self.logits: I64 = np.zeros(program.max_logits, np.int64)
@@ -248,22 +195,70 @@ class Memory:
             spare = np.empty(n_blocks * GROUP_BYTES // 2, np.uint16)
             pack_weights_in_place(room.view(np.uint16), n_blocks, spare)
 
-    def matrix(self, index: int) -> U8:
+    def set_batch(self, batch: Batch) -> None:
+        """The rows that the next segments work on."""
+        self.n_rows, self.n_logits = len(batch.slots), len(batch.logits)
+        self.n_pairs = self.n_rows * self.program.n_active_experts
+        self.slots[: self.n_rows] = batch.slots
+        self.positions[: self.n_rows] = batch.positions
+        self.logits[: self.n_logits] = batch.logits
+
+    @property
+    def row_slots(self) -> I64:
+        """The slot of each row of the batch."""
+        return self.slots[: self.n_rows]
+
+    @property
+    def row_positions(self) -> I64:
+        """The position of each row of the batch."""
+        return self.positions[: self.n_rows]
+
+    def rows(self, name: str) -> Rows:
+        """What kind of rows a pipe or buffer has."""
+        return self._rows[name]
+
+    def count(self, name: str) -> int:
+        """How many rows of a pipe or buffer the batch has."""
+        counts = {"batch": self.n_rows, "logits": self.n_logits, "experts": self.n_pairs}
+        return counts[self._rows[name]]
+
+    def own_payload(self, name: str) -> U8:
+        """This node's slot of a pipe, the rows of the batch."""
+        pipe = self.pipes[name]
+        return pipe.payload(own_slot(self.program, pipe.spec), self.count(name))
+
+    def f32(self, name: str) -> F32:
+        """A float32 buffer, or this node's slot of a pipe: [rows, width], not a copy."""
+        if name in self.pipes:
+            return self.own_payload(name).view(np.float32)
+        return self.buffers[name].view(np.float32)[: self.count(name)]
+
+    def q80(self, name: str) -> U8:
+        """The tiles of a Q80 buffer, uint8."""
+        return self.buffers[name].view(np.uint8)
+
+    def heads(self, name: str, head_dim: int) -> F32:
+        """As `f32`, [rows, heads, head_dim]."""
+        x = self.f32(name)
+        return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
+
+    def index(self, weight: Weight) -> int:
+        """The place of a weight among those of the program."""
+        return self._index[weight]
+
+    def vector(self, weight: Weight) -> F32:
+        """A float32 weight of one row."""
+        vector: F32 = self.matrix(weight).view(np.float32)[0]
+        return vector
+
+    def matrix(self, weight: Weight) -> U8:
         """A settled weight as kernels read it.
 
         Returns:
             Q40: [groups, n / 32, 288] uint8; otherwise [rows, bytes] uint8.
         """
-        weight, room = self._specs[index], self._rooms[index]
+        room = self._rooms[self._index[weight]]
         rows, cols = weight.shape
         if weight.float_type is FloatType.Q40:
             return room.reshape(packed_rows(rows) // GROUP, cols // BLOCK, GROUP_BYTES)
         return room.reshape(rows, weight.float_type.row_bytes(cols))
-
-    def set_batch(self, batch: Batch) -> None:
-        """The rows that the next segments work on."""
-        self.n_rows, self.n_logits = len(batch.slots), len(batch.logits)
-        self.n_pairs = self.n_rows * self.program.n_experts
-        self.slots[: self.n_rows] = batch.slots
-        self.positions[: self.n_rows] = batch.positions
-        self.logits[: self.n_logits] = batch.logits

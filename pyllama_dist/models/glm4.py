@@ -10,7 +10,8 @@ from pyllama_dist.models.fields import Fields, common_config
 from pyllama_dist.models.layers import Layers, Step
 from pyllama_dist.models.plan import Plan
 from pyllama_dist.models.tensors import model_tensors
-from pyllama_dist.program import Add, Program
+from pyllama_dist.ops import Add
+from pyllama_dist.program import Program
 
 NORMS = (
     "input_layernorm",

@@ -4,11 +4,9 @@ from collections.abc import Iterable, Iterator
 
 from pyllama_dist.config import Experts, FloatType, Indexer, Latent, ModelConfig
 from pyllama_dist.models.plan import Plan
-from pyllama_dist.program import (
+from pyllama_dist.ops import (
     Add,
     Attention,
-    Buffer,
-    Cache,
     Combine,
     Concat,
     Dispatch,
@@ -18,19 +16,24 @@ from pyllama_dist.program import (
     LayerNorm,
     Matmul,
     Merge,
-    Op,
-    Pipe,
-    Program,
     Quantize,
+    QuantizeExperts,
     RmsNorm,
     Rope,
     Route,
-    Rows,
-    Segment,
     Select,
     SiluMul,
-    Span,
     Store,
+)
+from pyllama_dist.program import (
+    Buffer,
+    Cache,
+    Op,
+    Pipe,
+    Program,
+    Rows,
+    Segment,
+    Span,
     Sync,
     SyncKind,
     Weight,
@@ -178,12 +181,12 @@ class Layers:
             experts.scale,
         )
         yield Dispatch("y", "route", "expert_y")
-        yield from self._input("expert_y")
+        yield from self._input_of_experts("expert_y")
         for name in ("gate", "up"):
             weight = self._each(f"{at}experts.{{}}.{name}_proj", experts, blocks, (0, c.dim))
             yield ExpertMatmul(self._name("expert_y"), "route", f"expert_{name}", weight)
         yield SiluMul("expert_gate", "expert_up", "expert_hidden")
-        yield from self._input("expert_hidden")
+        yield from self._input_of_experts("expert_hidden")
         weight = self._each(f"{at}experts.{{}}.down_proj", experts, (0, c.dim), blocks)
         yield ExpertMatmul(self._name("expert_hidden"), "route", "expert_out", weight)
 
@@ -223,7 +226,8 @@ class Layers:
             node=self.node,
             max_rows=plan.max_rows,
             max_logits=plan.max_logits,
-            n_experts=self.c.experts.active if self.c.experts else 0,
+            n_experts=self.c.experts.count if self.c.experts else 0,
+            n_active_experts=self.c.experts.active if self.c.experts else 0,
             n_slots=plan.n_slots,
             seq_len=plan.seq_len,
             pipes=self._pipes(),
@@ -354,6 +358,11 @@ class Layers:
         """Rounds a matrix's input where the weights are quantized."""
         if self.quantized:
             yield Quantize(source, f"{source}_q80", max(1, heads))
+
+    def _input_of_experts(self, source: str) -> Iterator[Op]:
+        """Likewise, of the experts' matrices."""
+        if self.quantized:
+            yield QuantizeExperts(source, "route", f"{source}_q80")
 
     def _norm(self, source: str, target: str, tensor: str, width: int, epsilon: float) -> Op:
         weight = Weight(f"{tensor}.weight", FloatType.F32, (0, 1), (0, width))

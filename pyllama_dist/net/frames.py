@@ -8,6 +8,7 @@ import msgspec
 
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net.messages import Message
+from pyllama_dist.program import Op, ops_by_tag
 
 MAX_CONTROL = 1 << 20  # bytes of a control frame; unpacked it may take a hundred times that
 MAX_RAW = 1 << 20  # bytes of a raw frame
@@ -46,12 +47,26 @@ def decode(frame: bytes | memoryview) -> Message:
             max_map_len=32,
             max_ext_len=0,
         )
-        message: Message = msgspec.convert(plain, Message, builtin_types=(bytes,))
+        message: Message = msgspec.convert(
+            plain, Message, builtin_types=(bytes,), dec_hook=_decode_op
+        )
         return message
     except msgspec.ValidationError as error:
         raise ProtocolError(f"a frame is not a message of this protocol: {error}") from None
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a frame of {len(frame)} bytes is not msgpack: {error}") from None
+
+
+def _decode_op(kind: type, plain: Any) -> Op:
+    """The op that a map in a program stands for: called for what msgspec does not know."""
+    if kind is not Op or not isinstance(plain, dict):
+        raise ValueError(f"{type(plain).__name__} is no op")
+    tag = plain.get("type")
+    known = ops_by_tag()
+    if not isinstance(tag, str) or tag not in known:
+        raise ValueError(f"there is no op {tag!r}")
+    op: Op = msgspec.convert(plain, known[tag], builtin_types=(bytes,))
+    return op
 
 
 def write_head(frame: memoryview, step: int, sync: int) -> None:

@@ -10,16 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.config import Arch, FloatType
 from pyllama_dist.errors import ProtocolError
-from pyllama_dist.executor.reference import ReferenceExecutor
-from pyllama_dist.program import (
+from pyllama_dist.executor.interpreter import Interpreter
+from pyllama_dist.ops import (
     Add,
     Attention,
-    Batch,
-    Buffer,
-    Cache,
     Combine,
     Concat,
     Dispatch,
@@ -29,20 +25,26 @@ from pyllama_dist.program import (
     LayerNorm,
     Matmul,
     Merge,
-    Pipe,
-    Program,
     Quantize,
     RmsNorm,
     Rope,
     Route,
-    Segment,
     Select,
     SiluMul,
     Store,
+)
+from pyllama_dist.program import (
+    Batch,
+    Buffer,
+    Cache,
+    Pipe,
+    Program,
+    Segment,
     Sync,
     SyncKind,
     weights,
 )
+from pyllama_dist.validate import check_batch, check_program
 
 Q40, Q80, F32, F16 = FloatType.Q40, FloatType.Q80, FloatType.F32, FloatType.F16
 
@@ -191,8 +193,8 @@ BAD_LATER_OPS = [
     Change(Attention, {"target": "q_a"}, "not whole"),
     Change(Attention, {"selection": "route"}, "not seq_len wide"),
     Change(Select, {"query": "index_k"}, "heads and weights differ"),
-    Change(Select, {"weights": "y"}, "heads and weights differ"),
-    Change(Select, {"weights": "x"}, "must be a buffer"),
+    Change(Select, {"head_weights": "y"}, "heads and weights differ"),
+    Change(Select, {"head_weights": "x"}, "must be a buffer"),
     Change(Select, {"target": "y"}, "not seq_len wide"),
     Change(Select, {"cache": "kv.0"}, "heads and weights differ"),
     Change(Select, {"scale": math.inf}, "scale"),
@@ -206,17 +208,17 @@ BAD_LATER_OPS = [
     Change(Route, {"bias": part(cols=(0, 7))}, "1 x 7"),
     Change(Dispatch, {"source": "q"}, "widths differ"),
     Change(Dispatch, {"target": "y"}, "no rows for experts"),
-    Change(Dispatch, {"route": "scores"}, "not what the last route"),
+    Change(Dispatch, {"route": "scores"}, "not what a route before"),
     Change(ExpertMatmul, {"source": "y_q80"}, "no rows for experts"),
     Change(ExpertMatmul, {"target": "gate"}, "no rows for experts"),
     Change(ExpertMatmul, {"target": "expert_y"}, "gate_proj.weight is"),
     Change(ExpertMatmul, {"weight": part(count=9)}, "another number of experts"),
     Change(ExpertMatmul, {"weight": part(tensor="same")}, "in its name"),
     Change(ExpertMatmul, {"weight": part(cols=(0, 32))}, "x 32"),
-    Change(ExpertMatmul, {"route": "scores"}, "not what the last route"),
+    Change(ExpertMatmul, {"route": "scores"}, "not what a route before"),
     Change(Combine, {"source": "y"}, "no rows for experts"),
     Change(Combine, {"target": "expert_y"}, "no batch rows"),
-    Change(Combine, {"route": "scores"}, "not what the last route"),
+    Change(Combine, {"route": "scores"}, "not what a route before"),
     Change(Matmul, {"heads": 5}, "heads are not whole"),
     Change(Quantize, {"heads": 3}, "whole blocks"),
 ]
@@ -272,7 +274,9 @@ BAD_PROGRAMS = {
     ),
     "heads of 65568, at most": with_memory("caches", head_dim=65568),
     "65537 rows, at most": lambda p: replace(p, max_rows=65537),
-    "weights of experts": lambda p: replace(p, segments=(Segment("many", (MANY_EXPERTS,) * 257),)),
+    "more than 1048576 weights": lambda p: replace(
+        p, segments=(Segment("many", (MANY_EXPERTS,) * 257),)
+    ),
     "pipe extra has rows for experts": lambda p: replace(
         p, pipes=(*p.pipes, Pipe("extra", F32, (32,), rows="experts"))
     ),
@@ -321,6 +325,7 @@ def test_a_pipe_that_only_the_root_collects_cannot_be_merged_by_a_worker():
         max_rows=1,
         max_logits=1,
         n_experts=0,
+        n_active_experts=0,
         n_slots=1,
         seq_len=1,
         pipes=(Pipe("parts", F32, (8, 8)),),
@@ -376,7 +381,7 @@ def test_what_is_accepted_runs(program, data):
         return
     for weight in weights(changed):
         assert weight.nbytes >= 0
-    with ReferenceExecutor(changed) as executor:
+    with Interpreter(changed) as executor:
         rows = min(changed.max_rows, changed.seq_len, 3)
         logits = tuple(range(min(rows, changed.max_logits)))
         batch = Batch((changed.n_slots - 1,) * rows, tuple(range(rows)), logits)

@@ -1,0 +1,41 @@
+"""The interpreter: op after op, with the reference implementations. The one to step through."""
+
+from types import TracebackType
+from typing import Self
+
+from pyllama_dist.executor.memory import Memory
+from pyllama_dist.program import Batch, Program
+
+
+class Interpreter:
+    """Runs a program op after op. See `Executor`."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.memory = Memory(program)
+
+    def begin(self, batch: Batch) -> None:
+        """Takes the rows that the segments will work on."""
+        self.memory.set_batch(batch)
+
+    def run(self, segment: int) -> None:
+        """Runs the ops of one segment."""
+        for op in self.program.segments[segment].ops:
+            op.run(self.memory)
+
+    def end(self) -> None:
+        """Ends the step."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

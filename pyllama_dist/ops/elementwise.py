@@ -1,0 +1,157 @@
+"""What is done number by number, and what only moves numbers."""
+
+import numpy as np
+
+from pyllama_dist.config import FloatType
+from pyllama_dist.executor.lowering import Cut, Lowering, Row, address
+from pyllama_dist.executor.memory import Memory
+from pyllama_dist.program import Count, Name, Op, Part, slots_used
+from pyllama_dist.validate import Check, require
+from pyllama_kernels import reference
+
+
+class SiluMul(Part, Op, frozen=True, tag="silu_mul"):
+    """target = silu(gate) * up."""
+
+    gate: Name
+    up: Name
+    target: Name
+
+    def validate(self, check: Check) -> None:
+        """See `Op`."""
+        check.same(self.gate, self.up)
+        check.same(self.gate, self.target)
+
+    def run(self, memory: Memory) -> None:
+        """See `Op`."""
+        reference.silu_mul(*map(memory.f32, (self.gate, self.up, self.target)))
+
+    def lower(self, table: Lowering) -> list[Row]:
+        """See `Op`."""
+        a, b, n = table.at(self.gate), table.at(self.up), table.width(self.gate)
+        cut = Cut.NUMBERS
+        return [table.row("silu_mul", self.target, cut, cost=n, by_block=True, a=a, b=b, n=n)]
+
+
+class Add(Part, Op, frozen=True, tag="add"):
+    """target += source."""
+
+    source: Name
+    target: Name
+
+    def validate(self, check: Check) -> None:
+        """See `Op`."""
+        check.same(self.source, self.target)
+
+    def run(self, memory: Memory) -> None:
+        """See `Op`."""
+        reference.add(memory.f32(self.source), memory.f32(self.target))
+
+    def lower(self, table: Lowering) -> list[Row]:
+        """See `Op`."""
+        a, n = table.at(self.source), table.width(self.source)
+        return [table.row("add", self.target, Cut.NUMBERS, cost=n, a=a, n=n)]
+
+
+class Gather(Part, Op, frozen=True, tag="gather"):
+    """target = those rows of source whose logits were asked for."""
+
+    source: Name
+    target: Name
+
+    def validate(self, check: Check) -> None:
+        """See `Op`."""
+        require(check.f32(self.source) == check.f32(self.target), "widths differ")
+        check.batch_rows(self.source)
+        require(check.find(self.target).rows == "logits", "target has no logits rows")
+
+    def run(self, memory: Memory) -> None:
+        """See `Op`."""
+        index = memory.logits[: memory.n_logits]
+        reference.gather(memory.f32(self.source), index, memory.f32(self.target))
+
+    def lower(self, table: Lowering) -> list[Row]:
+        """See `Op`."""
+        a, n = table.at(self.source), table.width(self.source)
+        return [table.row("gather", self.target, Cut.ROWS, cost=n, a=a, n=n)]
+
+
+class Concat(Part, Op, frozen=True, tag="concat"):
+    """Each head of the target is a head of `first`, followed by one of `second`."""
+
+    first: Name
+    second: Name
+    target: Name
+    heads: Count
+
+    def validate(self, check: Check) -> None:
+        """See `Op`."""
+        first, second = check.f32(self.first), check.f32(self.second)
+        require(check.f32(self.target) == first + second, "widths differ")
+        require(first % self.heads == second % self.heads == 0, "heads are not whole")
+        check.same_rows(self.first, self.target)
+        check.same_rows(self.second, self.target)
+
+    def run(self, memory: Memory) -> None:
+        """See `Op`."""
+        names = self.first, self.second, self.target
+        parts = [memory.f32(name).reshape(memory.n_rows, self.heads, -1) for name in names]
+        reference.concat(*parts)
+
+    def lower(self, table: Lowering) -> list[Row]:
+        """See `Op`."""
+        return [
+            table.row(
+                "concat",
+                self.target,
+                Cut.NUMBERS,
+                cost=table.width(self.first),
+                a=table.at(self.first),
+                b=table.at(self.second),
+                n=table.width(self.first) // self.heads,
+                m=table.width(self.target) // self.heads,
+                heads=self.heads,
+            )
+        ]
+
+
+class Merge(Part, Op, frozen=True, tag="merge"):
+    """target = the sum of a pipe's slots, added in the order of the nodes."""
+
+    source: Name
+    target: Name
+
+    def validate(self, check: Check) -> None:
+        """See `Op`."""
+        pipe = check.pipe(self.source)
+        width = check.f32(self.target)
+        require(set(pipe.widths) == {width}, "slots and target differ in width")
+        slots = slots_used(check.program, pipe)
+        require(len(slots) == len(pipe.widths), "slots are not here")
+        check.same_rows(self.source, self.target)
+
+    def run(self, memory: Memory) -> None:
+        """See `Op`."""
+        pipe, rows = memory.pipes[self.source], memory.count(self.source)
+        parts = np.stack([pipe.payload(slot, rows) for slot in pipe.held])
+        out = memory.f32(self.target)
+        if pipe.spec.float_type is FloatType.F32:
+            reference.merge_f32(parts.view(np.float32).reshape(len(parts), -1), out.reshape(-1))
+        else:
+            reference.merge_q80(parts.reshape(len(parts), -1, 34), out.reshape(-1, 32))
+
+    def lower(self, table: Lowering) -> list[Row]:
+        """See `Op`."""
+        pipe, n = table.memory.pipes[self.source], table.width(self.target)
+        return [
+            table.row(
+                "merge_f32" if pipe.spec.float_type is FloatType.F32 else "merge_q80",
+                self.target,
+                Cut.NUMBERS,
+                cost=n,
+                a=address(pipe.payload(pipe.held[0], 1)),
+                n=n,
+                parts=len(pipe.held),
+                stride=pipe.memory.shape[1],
+            )
+        ]
