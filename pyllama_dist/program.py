@@ -113,6 +113,10 @@ class Op:
         """The weights that it reads. The wire names them in this order."""
         return ()
 
+    def outputs(self, shapes: "Shapes") -> "Iterable[Buffer]":
+        """The buffers that it writes, as wide as what it reads asks for."""
+        return ()
+
     def constants(self, program: "Program") -> "Iterable[Constant]":
         """Arrays that it needs beside pipes, buffers and caches."""
         return ()
@@ -196,6 +200,48 @@ class Batch(Part, frozen=True):
     slots: tuple[Width, ...]
     positions: tuple[Width, ...]
     logits: tuple[Width, ...]  # places in the batch
+
+
+class Shapes:
+    """The pipes of a node, and the buffers that its ops have written so far.
+
+    Attributes:
+        caches: by their names.
+        seq_len: positions of a sequence.
+    """
+
+    def __init__(
+        self, pipes: Iterable[Pipe], caches: Iterable[Cache], *, node: int, seq_len: int
+    ) -> None:
+        self.caches, self.seq_len = {cache.name: cache for cache in caches}, seq_len
+        self._node = node
+        self._memory: dict[str, Pipe | Buffer] = {pipe.name: pipe for pipe in pipes}
+
+    def add(self, op: Op) -> None:
+        """Adds what an op writes; what was written before stays as it is."""
+        for buffer in op.outputs(self):
+            self._memory.setdefault(buffer.name, buffer)
+
+    def width(self, name: str) -> int:
+        """Values in a row of a buffer, or of this node's slot of a pipe."""
+        match self._memory[name]:
+            case Pipe(widths=widths):
+                return widths[self._node if len(widths) > 1 else 0]
+            case Buffer(width=width):
+                return width
+
+    def rows(self, name: str) -> Rows:
+        """What kind of rows a pipe or buffer has."""
+        return self._memory[name].rows
+
+    def like(self, target: str, source: str) -> Buffer:
+        """A float32 buffer as wide as another, and with such rows."""
+        return Buffer(target, FloatType.F32, self.width(source), self.rows(source))
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All buffers, in the order in which they are first written."""
+        return tuple(part for part in self._memory.values() if isinstance(part, Buffer))
 
 
 def own_slot(program: Program, pipe: Pipe) -> int:

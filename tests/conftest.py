@@ -32,7 +32,7 @@ from pyllama_dist.net.inproc import Hub
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.program import Batch, Program, Span, weights
 from pyllama_dist.worker import serve
-from pyllama_kernels.blocks import quantize_q40, quantize_q80
+from pyllama_kernels.blocks import dequantize_q40, dequantize_q80, quantize_q40, quantize_q80
 
 # In CI the same examples each time; elsewhere new ones.
 settings.register_profile("quick", deadline=None, max_examples=50, derandomize="CI" in os.environ)
@@ -108,11 +108,11 @@ FEATURES: dict[Arch, dict[str, object]] = {
 class TinyModel:
     """Random weights for a configuration; a `WeightSource`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensors: Sequence[Tensor] = ()) -> None:
         self.config = config
         self.tensors = {
             tensor.name: (tensor.float_type, _stored(tensor))
-            for tensor in ARCHITECTURES[config.arch].tensors(config)
+            for tensor in tensors or ARCHITECTURES[config.arch].tensors(config)
         }
 
     def slice(self, name: str, rows: Span, cols: Span) -> np.ndarray:
@@ -125,6 +125,17 @@ class TinyModel:
 
     def drop_pages(self) -> None:
         pass
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor as float64, [rows, cols]."""
+        float_type, stored = self.tensors[f"{name}.weight"]
+        match float_type:
+            case FloatType.Q40:
+                return dequantize_q40(stored).astype(np.float64)
+            case FloatType.Q80:
+                return dequantize_q80(stored).astype(np.float64)
+            case _:
+                return stored.view(np.float32).astype(np.float64)
 
     def programs(
         self,

@@ -14,7 +14,7 @@ from pyllama_dist.engine import Engine
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
-from pyllama_dist.models.layers import Layers, Step
+from pyllama_dist.models.layers import Instruction, Layers
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.ops import Add
 from pyllama_dist.program import Program
@@ -105,13 +105,13 @@ def test_a_norm_before_the_reduction(golden):
     file, tokens, expected = golden
     c = file.config
 
-    def steps(layers: Layers) -> Iterator[Step]:
+    def steps(layers: Layers) -> Iterator[Instruction]:
         yield from layers.start()
         for layer in range(c.n_layers):
             at = f"layers.{layer}."
             halves = (
-                ("input_layernorm", layers.mix_positions, "post_self_attn_layernorm"),
-                ("post_attention_layernorm", layers.mix_values, "post_mlp_layernorm"),
+                ("input_layernorm", layers.attention_block, "post_self_attn_layernorm"),
+                ("post_attention_layernorm", layers.mlp_block, "post_mlp_layernorm"),
             )
             for before, mix, after in halves:
                 yield layers.norm("x", "y", at + before)

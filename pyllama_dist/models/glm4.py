@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from pyllama_dist.config import Arch, FloatType, ModelConfig, Pairs, Tensor
 from pyllama_dist.models.fields import Fields, common_config
-from pyllama_dist.models.layers import Layers, Step
+from pyllama_dist.models.layers import Instruction, Layers
 from pyllama_dist.models.plan import Plan
 from pyllama_dist.models.tensors import model_tensors
 from pyllama_dist.ops import Add
@@ -37,18 +37,18 @@ def build(c: ModelConfig, plan: Plan, node: int) -> Program:
     return layers.program(_steps(c, layers))
 
 
-def _steps(c: ModelConfig, layers: Layers) -> Iterator[Step]:
+def _steps(c: ModelConfig, layers: Layers) -> Iterator[Instruction]:
     yield from layers.start()
     for layer in range(c.n_layers):
         at = f"layers.{layer}."
         yield layers.norm("x", "y", f"{at}input_layernorm")
-        yield from layers.mix_positions(layer)
+        yield from layers.attention_block(layer)
         yield from layers.all_reduce()
         # A norm is not linear: it must see the whole sum, never a node's part of it.
         yield layers.norm("sum", "y", f"{at}post_self_attn_layernorm")
         yield Add("y", "x")
         yield layers.norm("x", "y", f"{at}post_attention_layernorm")
-        yield from layers.mix_values(layer)
+        yield from layers.mlp_block(layer)
         yield from layers.all_reduce()
         yield layers.norm("sum", "y", f"{at}post_mlp_layernorm")
         yield Add("y", "x")

@@ -26,20 +26,19 @@ from pyllama_dist.ops import (
     Store,
 )
 from pyllama_dist.program import (
-    Buffer,
     Cache,
     Op,
     Pipe,
     Program,
-    Rows,
     Segment,
+    Shapes,
     Span,
     Sync,
     SyncKind,
     Weight,
 )
 
-Step = Op | Sync
+Instruction = Op | Sync
 
 
 class Layers:
@@ -60,31 +59,31 @@ class Layers:
         wanted = config.indexer is not None and plan.seq_len > config.indexer.top_k
         self.indexer = config.indexer if wanted else None
 
-    def start(self) -> Iterator[Step]:
+    def start(self) -> Iterator[Instruction]:
         """The embedded rows go out: the root reads them from the file, workers have no table."""
         yield Sync("x", SyncKind.WITH_ROOT)
 
-    def pre_norm(self) -> Iterator[Step]:
+    def pre_norm(self) -> Iterator[Instruction]:
         """The whole of a model whose layers have a norm before each half: all but GLM-4-0414."""
         yield from self.start()
         for layer in range(self.c.n_layers):
             yield self.norm("x", "y", f"layers.{layer}.input_layernorm")
-            yield from self.mix_positions(layer)
+            yield from self.attention_block(layer)
             yield from self.all_reduce()
             yield Add("sum", "x")
             yield self.norm("x", "y", f"layers.{layer}.post_attention_layernorm")
-            yield from self.mix_values(layer)
+            yield from self.mlp_block(layer)
             yield from self.all_reduce()
             yield Add("sum", "x")
         yield from self.head()
 
-    def mix_positions(self, layer: int) -> Iterator[Step]:
+    def attention_block(self, layer: int) -> Iterator[Instruction]:
         """y -> partials: the first half of a layer, attention of the model's kind."""
         if self.c.latent is None:
             return self.attention(layer)
         return self.latent_attention(layer, self.c.latent)
 
-    def mix_values(self, layer: int) -> Iterator[Step]:
+    def mlp_block(self, layer: int) -> Iterator[Instruction]:
         """y -> partials: the second half of a layer, one FFN or experts."""
         if self.c.experts is None or layer < self.c.experts.dense_layers:
             return self.ffn(layer)
@@ -94,15 +93,17 @@ class Layers:
         """RMS norm of a row; every node holds the whole weight."""
         return self._norm(source, target, tensor, self.c.dim, self.c.norm_epsilon)
 
-    def attention(self, layer: int) -> Iterator[Step]:
+    def attention(self, layer: int) -> Iterator[Instruction]:
         """y -> partials: this node's query heads, and its columns of `o_proj`."""
         c, heads, kv_heads = self.c, self.share.heads, self.share.kv_heads
         at, n = f"layers.{layer}.self_attn.", c.head_dim
         keys, values = f"k.{layer}", f"v.{layer}"
 
-        yield from self._input("y")
+        yield from self.rounded("y")
         for name, units in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            yield self._rows("y", name, f"{at}{name}_proj", _times(units, n), c.dim, c.qkv_bias)
+            yield self.all_to_sharded(
+                "y", name, f"{at}{name}_proj", _times(units, n), c.dim, c.qkv_bias
+            )
         for name in ("q", "k"):
             if c.qk_norm:
                 yield self._norm(name, name, f"{at}{name}_norm", n, c.norm_epsilon)
@@ -111,10 +112,10 @@ class Layers:
         yield Store("v", values, keys=False)
         group = c.n_heads // c.n_kv_heads
         first = heads[0] - kv_heads[0] * group
-        yield Attention("q", "z", keys, values, group, first, scale=n**-0.5)
-        yield from self._partial("z", f"{at}o_proj", _times(heads, n))
+        yield Attention("q", "z", keys, values, n, group, first, scale=n**-0.5)
+        yield from self.sharded_to_all("z", f"{at}o_proj", _times(heads, n))
 
-    def latent_attention(self, layer: int, latent: Latent) -> Iterator[Step]:
+    def latent_attention(self, layer: int, latent: Latent) -> Iterator[Instruction]:
         """y -> partials: as `attention`, with keys and values in their short form.
 
         A head's keys are a matrix times the latent vector, so that matrix can be applied to the
@@ -125,21 +126,23 @@ class Layers:
         at, count = f"layers.{layer}.self_attn.", heads[1] - heads[0]
         r, nope, rope, value = latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
 
-        yield from self._input("y")
-        yield self._rows("y", "q_a", f"{at}q_a_proj", (0, latent.q_rank), c.dim)
+        yield from self.rounded("y")
+        yield self.all_to_sharded("y", "q_a", f"{at}q_a_proj", (0, latent.q_rank), c.dim)
         yield self._norm("q_a", "q_a", f"{at}q_a_layernorm", latent.q_rank, latent.norm_epsilon)
-        yield from self._input("q_a")
+        yield from self.rounded("q_a")
         for name, width in (("nope", nope), ("rope", rope)):
             tensor = f"{at}q_b_proj_{name}"
-            yield self._rows("q_a", f"q_{name}", tensor, _times(heads, width), latent.q_rank)
+            yield self.all_to_sharded(
+                "q_a", f"q_{name}", tensor, _times(heads, width), latent.q_rank
+            )
         yield self._rope("q_rope", rope, rope)
-        yield from self._input("q_nope", count)
+        yield from self.rounded("q_nope", count)
         yield self._heads("q_nope", "q_latent", f"{at}k_b_proj", _times(heads, r), nope)
         yield Concat("q_latent", "q_rope", "q", max(1, count))
 
-        yield self._rows("y", "latent", f"{at}kv_a_proj_latent", (0, r), c.dim)
+        yield self.all_to_sharded("y", "latent", f"{at}kv_a_proj_latent", (0, r), c.dim)
         yield self._norm("latent", "latent", f"{at}kv_a_layernorm", r, latent.norm_epsilon)
-        yield self._rows("y", "k_rope", f"{at}kv_a_proj_rope", (0, rope), c.dim)
+        yield self.all_to_sharded("y", "k_rope", f"{at}kv_a_proj_rope", (0, rope), c.dim)
         yield self._rope("k_rope", rope, rope)
         yield Concat("latent", "k_rope", "kept", 1)
         cache = f"kv.{layer}"
@@ -150,18 +153,18 @@ class Layers:
             selection = "selection"
             yield from self._select(layer, self.indexer)
         scale = (nope + rope) ** -0.5
-        yield Attention("q", "z_latent", cache, cache, c.n_heads, heads[0], scale, selection)
-        yield from self._input("z_latent", count)
+        yield Attention("q", "z_latent", cache, cache, r, c.n_heads, heads[0], scale, selection)
+        yield from self.rounded("z_latent", count)
         yield self._heads("z_latent", "z", f"{at}v_b_proj", _times(heads, value), r)
-        yield from self._partial("z", f"{at}o_proj", _times(heads, value))
+        yield from self.sharded_to_all("z", f"{at}o_proj", _times(heads, value))
 
-    def ffn(self, layer: int) -> Iterator[Step]:
+    def ffn(self, layer: int) -> Iterator[Instruction]:
         """y -> partials: this node's blocks of the FFN, and its columns of `down_proj`."""
-        yield from self._input("y")
+        yield from self.rounded("y")
         yield from self._gated(f"layers.{layer}.mlp.", "", self.share.ffn)
-        yield from self._partial("hidden", f"layers.{layer}.mlp.down_proj", self.share.ffn)
+        yield from self.sharded_to_all("hidden", f"layers.{layer}.mlp.down_proj", self.share.ffn)
 
-    def experts(self, layer: int, experts: Experts) -> Iterator[Step]:
+    def experts(self, layer: int, experts: Experts) -> Iterator[Instruction]:
         """y -> partials: this node's blocks of every expert, chosen and shared, in one sum."""
         c, at, blocks = self.c, f"layers.{layer}.mlp.", self.share.experts
         router = Weight(f"{at}gate.weight", FloatType.F32, (0, experts.count), (0, c.dim))
@@ -181,12 +184,12 @@ class Layers:
             experts.scale,
         )
         yield Dispatch("y", "route", "expert_y")
-        yield from self._input_of_experts("expert_y")
+        yield from self._rounded_experts("expert_y")
         for name in ("gate", "up"):
             weight = self._each(f"{at}experts.{{}}.{name}_proj", experts, blocks, (0, c.dim))
             yield ExpertMatmul(self._name("expert_y"), "route", f"expert_{name}", weight)
         yield SiluMul("expert_gate", "expert_up", "expert_hidden")
-        yield from self._input_of_experts("expert_hidden")
+        yield from self._rounded_experts("expert_hidden")
         weight = self._each(f"{at}experts.{{}}.down_proj", experts, (0, c.dim), blocks)
         yield ExpertMatmul(self._name("expert_hidden"), "route", "expert_out", weight)
 
@@ -194,9 +197,9 @@ class Layers:
             yield Combine("expert_out", "route", self._into)
         else:
             shared = f"{at}shared_experts."
-            yield from self._input("y")
+            yield from self.rounded("y")
             yield from self._gated(shared, "shared_", self.share.shared)
-            yield from self._input("shared_hidden")
+            yield from self.rounded("shared_hidden")
             yield self._columns(
                 "shared_hidden", self._into, f"{shared}down_proj", self.share.shared
             )
@@ -204,23 +207,56 @@ class Layers:
             yield Add("routed", self._into)
         yield from self._send()
 
-    def all_reduce(self) -> Iterator[Step]:
+    def all_reduce(self) -> Iterator[Instruction]:
         """partials -> sum: every node sends its partial sums to all, and adds up all of them."""
         if not self.alone:
             yield Sync("partials", SyncKind.NODE_SLICES)
             yield Merge("partials", "sum")
 
-    def head(self) -> Iterator[Step]:
+    def head(self) -> Iterator[Instruction]:
         """x -> logits, of the rows that need them; the root collects the nodes' parts."""
         yield Gather("x", "last")
         yield self.norm("last", "last_y", "norm")
-        yield from self._input("last_y")
-        yield self._rows("last_y", "logits", "lm_head", self.share.vocab, self.c.dim)
+        yield from self.rounded("last_y")
+        yield self.all_to_sharded("last_y", "logits", "lm_head", self.share.vocab, self.c.dim)
         yield Sync("logits", SyncKind.NODE_SLICES_EXCEPT_ROOT)
 
-    def program(self, steps: Iterable[Step]) -> Program:
+    def rounded(self, source: str, heads: int = 1) -> Iterator[Op]:
+        """Rounds a matrix's input where the weights are quantized; each head by itself."""
+        if self.quantized:
+            yield Quantize(source, f"{source}_q80", max(1, heads))
+
+    def all_to_sharded(
+        self, source: str, target: str, tensor: str, rows: Span, width: int, bias: bool = False
+    ) -> Op:
+        """A matrix cut by rows: all of its inputs, `width` of them, to some of its outputs.
+
+        The source must be `rounded` before.
+        """
+        return Matmul(
+            self._name(source),
+            target,
+            Weight(f"{tensor}.weight", self.c.weights, rows, (0, width)),
+            Weight(f"{tensor}.bias", FloatType.F32, (0, 1), rows) if bias else None,
+        )
+
+    def sharded_to_all(self, source: str, tensor: str, cols: Span) -> Iterator[Op]:
+        """source -> partials: a matrix cut by columns, some of its inputs to all of its outputs.
+
+        What it makes is a partial sum, ready to be sent: `all_reduce` follows.
+        """
+        yield from self.rounded(source)
+        yield self._columns(source, self._into, tensor, cols)
+        yield from self._send()
+
+    def program(self, steps: Iterable[Instruction]) -> Program:
         """The program of this node."""
-        plan = self.plan
+        plan, pipes, caches = self.plan, self._pipes(), tuple(self._caches())
+        segments = tuple(_segments(steps, alone=self.alone))
+        shapes = Shapes(pipes, caches, node=self.node, seq_len=plan.seq_len)
+        for segment in segments:
+            for op in segment.ops:
+                shapes.add(op)
         return Program(
             n_nodes=plan.n_nodes,
             node=self.node,
@@ -230,10 +266,10 @@ class Layers:
             n_active_experts=self.c.experts.active if self.c.experts else 0,
             n_slots=plan.n_slots,
             seq_len=plan.seq_len,
-            pipes=self._pipes(),
-            buffers=tuple(self._buffers()),
-            caches=tuple(self._caches()),
-            segments=tuple(_segments(steps, alone=self.alone)),
+            pipes=pipes,
+            buffers=shapes.buffers,
+            caches=caches,
+            segments=segments,
         )
 
     def _select(self, layer: int, indexer: Indexer) -> Iterator[Op]:
@@ -247,9 +283,9 @@ class Layers:
         width = indexer.n_heads * n
         q_rank = c.latent.q_rank if c.latent else 0
         cache = f"i.{layer}"
-        yield self._rows("q_a", "index_q", f"{at}wq_b", (0, width), q_rank)
+        yield self.all_to_sharded("q_a", "index_q", f"{at}wq_b", (0, width), q_rank)
         yield self._rope("index_q", n, indexer.rotary_dim)
-        yield self._rows("y", "index_k", f"{at}wk", (0, n), c.dim)
+        yield self.all_to_sharded("y", "index_k", f"{at}wk", (0, n), c.dim)
         weight, bias = (
             Weight(f"{at}k_norm.{kind}", FloatType.F32, (0, 1), (0, n))
             for kind in ("weight", "bias")
@@ -272,62 +308,6 @@ class Layers:
             *(() if self.alone else (partials,)),
             Pipe("logits", FloatType.F32, vocab, rows="logits"),
         )
-
-    def _buffers(self) -> Iterator[Buffer]:
-        """Memory of the pieces; of what a matrix reads, a rounded copy too."""
-        inputs = {"y", "z", "hidden", "last_y", "shared_hidden", "expert_y", "expert_hidden"}
-        inputs |= {"q_a", "q_nope", "z_latent"}
-        widths: list[tuple[Rows, dict[str, int]]] = [
-            ("batch", self._widths()),
-            ("logits", {"last": self.c.dim, "last_y": self.c.dim}),
-        ]
-        if self.c.experts is not None:
-            widths.append(("experts", self._expert_widths()))
-        for rows, named in widths:
-            for name, width in named.items():
-                yield Buffer(name, FloatType.F32, width, rows)
-                if self.quantized and name in inputs:
-                    yield Buffer(f"{name}_q80", FloatType.Q80, width, rows)
-
-    def _widths(self) -> dict[str, int]:
-        c, share = self.c, self.share
-        heads, kv_heads, ffn = (_length(span) for span in (share.heads, share.kv_heads, share.ffn))
-        widths = dict.fromkeys(("y", "sum"), c.dim) | {"z": heads * c.value_dim}
-        if c.latent is None:
-            widths |= {"q": heads * c.head_dim} | dict.fromkeys("kv", kv_heads * c.head_dim)
-        else:
-            kept = c.latent.kv_rank + c.latent.rope_dim
-            widths |= {
-                "q_a": c.latent.q_rank,
-                "q_nope": heads * c.latent.nope_dim,
-                "q_rope": heads * c.latent.rope_dim,
-                "q_latent": heads * c.latent.kv_rank,
-                "q": heads * kept,
-                "latent": c.latent.kv_rank,
-                "k_rope": c.latent.rope_dim,
-                "kept": kept,
-                "z_latent": heads * c.latent.kv_rank,
-            }
-        if self.indexer is not None:
-            widths |= {
-                "index_q": self.indexer.n_heads * self.indexer.head_dim,
-                "index_k": self.indexer.head_dim,
-                "index_w": self.indexer.n_heads,
-                "selection": self.plan.seq_len,
-            }
-        if c.experts is None or c.experts.dense_layers:
-            widths |= dict.fromkeys(("gate", "up", "hidden"), ffn)
-        if c.experts is not None:
-            widths |= dict.fromkeys(("scores", "route"), c.experts.count) | {"routed": c.dim}
-            shared = ("shared_gate", "shared_up", "shared_hidden")
-            widths |= dict.fromkeys(shared, _length(share.shared))
-        return widths
-
-    def _expert_widths(self) -> dict[str, int]:
-        ffn = dict.fromkeys(
-            ("expert_gate", "expert_up", "expert_hidden"), _length(self.share.experts)
-        )
-        return {"expert_y": self.c.dim} | ffn | {"expert_out": self.c.dim}
 
     def _caches(self) -> Iterator[Cache]:
         c, kind = self.c, self.plan.cache
@@ -354,12 +334,7 @@ class Layers:
         """What a matrix reads: the rounded copy where the weights are quantized."""
         return f"{source}_q80" if self.quantized else source
 
-    def _input(self, source: str, heads: int = 1) -> Iterator[Op]:
-        """Rounds a matrix's input where the weights are quantized."""
-        if self.quantized:
-            yield Quantize(source, f"{source}_q80", max(1, heads))
-
-    def _input_of_experts(self, source: str) -> Iterator[Op]:
+    def _rounded_experts(self, source: str) -> Iterator[Op]:
         """Likewise, of the experts' matrices."""
         if self.quantized:
             yield QuantizeExperts(source, "route", f"{source}_q80")
@@ -372,17 +347,6 @@ class Layers:
         c = self.c
         return Rope(target, head_dim, rotary_dim, c.rope_theta, c.rope_pairs, c.rope_scaling)
 
-    def _rows(
-        self, source: str, target: str, tensor: str, rows: Span, width: int, bias: bool = False
-    ) -> Op:
-        """All inputs to a share of the outputs."""
-        return Matmul(
-            self._name(source),
-            target,
-            Weight(f"{tensor}.weight", self.c.weights, rows, (0, width)),
-            Weight(f"{tensor}.bias", FloatType.F32, (0, 1), rows) if bias else None,
-        )
-
     def _heads(self, source: str, target: str, tensor: str, rows: Span, width: int) -> Op:
         """Each head's inputs to its outputs."""
         weight = Weight(f"{tensor}.weight", self.c.weights, rows, (0, width))
@@ -393,16 +357,12 @@ class Layers:
         weight = Weight(f"{tensor}.weight", self.c.weights, (0, self.c.dim), cols)
         return Matmul(self._name(source), target, weight)
 
-    def _partial(self, source: str, tensor: str, cols: Span) -> Iterator[Op]:
-        """A partial sum, ready to be sent."""
-        yield from self._input(source)
-        yield self._columns(source, self._into, tensor, cols)
-        yield from self._send()
-
     def _gated(self, at: str, prefix: str, blocks: Span) -> Iterator[Op]:
         """y -> hidden: silu(gate) * up, of this node's blocks."""
         for name in ("gate", "up"):
-            yield self._rows("y", f"{prefix}{name}", f"{at}{name}_proj", blocks, self.c.dim)
+            yield self.all_to_sharded(
+                "y", f"{prefix}{name}", f"{at}{name}_proj", blocks, self.c.dim
+            )
         yield SiluMul(f"{prefix}gate", f"{prefix}up", f"{prefix}hidden")
 
     def _each(self, tensor: str, experts: Experts, rows: Span, cols: Span) -> ExpertWeight:
@@ -426,7 +386,7 @@ def _times(span: Span, width: int) -> Span:
     return span[0] * width, span[1] * width
 
 
-def _segments(steps: Iterable[Step], *, alone: bool) -> Iterator[Segment]:
+def _segments(steps: Iterable[Instruction], *, alone: bool) -> Iterator[Segment]:
     """Cuts a stream of ops and syncs after each sync; a segment is named after its last matrix."""
     ops: list[Op] = []
     for step in steps:

@@ -1,10 +1,13 @@
 """Attention over the positions that a cache holds."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
+from pyllama_dist.config import FloatType
 from pyllama_dist.executor.lowering import Cut, Lowering, Row, address
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Buffer, Count, Name, Op, Part, Program, Width
+from pyllama_dist.program import Buffer, Count, Name, Op, Part, Program, Shapes, Width
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 from pyllama_kernels.pages import CHUNK, FEW
@@ -56,7 +59,7 @@ class Attention(Part, Op, frozen=True, tag="attention"):
     """target = softmax(query @ keys.T * scale) @ values, over positions up to the row's.
 
     Query head h of this node reads key head (first + h) // group of its caches. Where both caches
-    are the same one, values are the first numbers of the keys, as many as the target's heads have.
+    are the same one, values are the first `value_dim` numbers of the keys.
     With a selection, only the positions that it holds are seen.
     """
 
@@ -64,10 +67,16 @@ class Attention(Part, Op, frozen=True, tag="attention"):
     target: Name
     key_cache: Name
     value_cache: Name
+    value_dim: Count  # numbers in a head of the target
     group: Count  # query heads that share a key head
     first: Width  # place of this node's first query head in its group
     scale: float
     selection: Name | None = None
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        heads = shapes.width(self.query) // shapes.caches[self.key_cache].head_dim
+        yield Buffer(self.target, FloatType.F32, heads * self.value_dim)
 
     def shared_bytes(self, program: Program) -> int:
         """What is found in each chunk of positions, for a small batch."""
@@ -96,14 +105,14 @@ class Attention(Part, Op, frozen=True, tag="attention"):
         )
         require(width % keys.head_dim == 0, "heads are not whole")
         heads = width // keys.head_dim
-        require(heads == 0 or out % heads == 0, "heads of the target are not whole")
-        value_dim = out // heads if heads else keys.head_dim
+        value_dim = self.value_dim
+        require(out == heads * value_dim, "heads of the target are not as wide as values")
         if self.key_cache == self.value_cache:
             require(value_dim <= keys.head_dim, "values are wider than keys")
             require(value_dim % 16 == 0, "values are not whole vectors of 16")
             require(value_dim % keys.float_type.block == 0, "values are not whole blocks")
         else:
-            require(value_dim == keys.head_dim, "target and values differ in width")
+            require(value_dim == keys.head_dim, "keys and values differ in width")
         require(
             heads == 0 or (self.first + heads - 1) // self.group < keys.kv_heads,
             f"{heads} query heads reach beyond {keys.kv_heads} key heads",
@@ -134,8 +143,7 @@ class Attention(Part, Op, frozen=True, tag="attention"):
     def lower(self, table: Lowering) -> list[Row]:
         """Attention of each chunk of positions, and what puts chunks together."""
         n = table.memory.cache_specs[self.key_cache].head_dim
-        width, out = table.width(self.query), table.width(self.target)
-        heads = width // n
+        width = table.width(self.query)
         attend = table.row(
             "attend",
             self.target,
@@ -145,8 +153,8 @@ class Attention(Part, Op, frozen=True, tag="attention"):
             b=address(table.memory.caches[self.value_cache]),
             c=address(table.memory.caches[self.key_cache]),
             w=table.at(self.selection) if self.selection else 0,
-            m=out // max(1, heads),
-            heads=heads,
+            m=self.value_dim,
+            heads=width // n,
             seq_len=table.program.seq_len,
             first=self.first,
             group=self.group,
@@ -168,6 +176,10 @@ class Select(Part, Op, frozen=True, tag="select"):
     target: Name
     top_k: Count
     scale: float
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield Buffer(self.target, FloatType.F32, shapes.seq_len)
 
     def scratch_bytes(self, program: Program) -> int:
         """See `Op`."""

@@ -1,11 +1,13 @@
 """What is done number by number, and what only moves numbers."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor.lowering import Cut, Lowering, Row, address
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Count, Name, Op, Part, slots_used
+from pyllama_dist.program import Buffer, Count, Name, Op, Part, Shapes, slots_used
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 
@@ -16,6 +18,10 @@ class SiluMul(Part, Op, frozen=True, tag="silu_mul"):
     gate: Name
     up: Name
     target: Name
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield shapes.like(self.target, self.gate)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""
@@ -59,6 +65,10 @@ class Gather(Part, Op, frozen=True, tag="gather"):
     source: Name
     target: Name
 
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield Buffer(self.target, FloatType.F32, shapes.width(self.source), "logits")
+
     def validate(self, check: Check) -> None:
         """See `Op`."""
         require(check.f32(self.source) == check.f32(self.target), "widths differ")
@@ -83,6 +93,11 @@ class Concat(Part, Op, frozen=True, tag="concat"):
     second: Name
     target: Name
     heads: Count
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        width = shapes.width(self.first) + shapes.width(self.second)
+        yield Buffer(self.target, FloatType.F32, width, shapes.rows(self.first))
 
     def validate(self, check: Check) -> None:
         """See `Op`."""
@@ -120,6 +135,10 @@ class Merge(Part, Op, frozen=True, tag="merge"):
 
     source: Name
     target: Name
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield shapes.like(self.target, self.source)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""

@@ -11,7 +11,7 @@ from pyllama_dist.executor.arena import U8
 from pyllama_dist.executor.lowering import Cut, Lowering, Row, address
 from pyllama_dist.executor.memory import F32, I64, Constant, Memory
 from pyllama_dist.ops.matmul import check_factor, multiply
-from pyllama_dist.program import Buffer, Count, Name, Op, Part, Program, Span, Weight
+from pyllama_dist.program import Buffer, Count, Name, Op, Part, Program, Shapes, Span, Weight
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 from pyllama_kernels.blocks import BLOCK
@@ -84,6 +84,10 @@ class Route(Part, Op, frozen=True, tag="route"):
         """See `Op`."""
         return () if self.bias is None else (self.bias,)
 
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield shapes.like(self.target, self.source)
+
     def constants(self, program: Program) -> Iterator[Constant]:
         """The plan."""
         n_experts, pairs = program.n_experts, program.rows_of("experts")
@@ -152,6 +156,10 @@ class Dispatch(Part, Op, frozen=True, tag="dispatch"):
     route: Name
     target: Name
 
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield Buffer(self.target, FloatType.F32, shapes.width(self.source), "experts")
+
     def validate(self, check: Check) -> None:
         """See `Op`."""
         require(check.f32(self.source) == check.f32(self.target), "widths differ")
@@ -179,6 +187,11 @@ class QuantizeExperts(Part, Op, frozen=True, tag="quantize_experts"):
     source: Name
     route: Name
     target: Name
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        width, rows = shapes.width(self.source), shapes.rows(self.source)
+        yield Buffer(self.target, FloatType.Q80, width, rows)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""
@@ -213,6 +226,11 @@ class ExpertMatmul(Part, Op, frozen=True, tag="expert_matmul"):
     def weights(self) -> tuple[Weight, ...]:
         """See `Op`."""
         return self.weight.each
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        width = self.weight.of(0).shape[0]
+        yield Buffer(self.target, FloatType.F32, width, "experts")
 
     def validate(self, check: Check) -> None:
         """See `Op`."""
@@ -264,6 +282,10 @@ class Combine(Part, Op, frozen=True, tag="combine"):
     source: Name
     route: Name
     target: Name
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield Buffer(self.target, FloatType.F32, shapes.width(self.source))
 
     def validate(self, check: Check) -> None:
         """See `Op`."""

@@ -1,12 +1,14 @@
 """Products with the matrices of a layer."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor.arena import U8
 from pyllama_dist.executor.lowering import Cut, Lowering, Row
 from pyllama_dist.executor.memory import F32, Memory
-from pyllama_dist.program import Buffer, Count, Name, Op, Part, Weight
+from pyllama_dist.program import Buffer, Count, Name, Op, Part, Shapes, Weight
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 from pyllama_kernels.layout import activation_bytes
@@ -28,6 +30,11 @@ class Matmul(Part, Op, frozen=True, tag="matmul"):
     def weights(self) -> tuple[Weight, ...]:
         """See `Op`."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        rows = shapes.rows(self.source)
+        yield Buffer(self.target, FloatType.F32, self.weight.shape[0], rows)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""

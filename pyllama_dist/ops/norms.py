@@ -1,9 +1,11 @@
 """Norms: of whole rows, or of each head of a row."""
 
+from collections.abc import Iterator
+
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor.lowering import Cut, Lowering, Row
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Name, Op, Part, Weight
+from pyllama_dist.program import Buffer, Name, Op, Part, Shapes, Weight
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 
@@ -22,6 +24,10 @@ class RmsNorm(Part, Op, frozen=True, tag="rms_norm"):
     def weights(self) -> tuple[Weight, ...]:
         """See `Op`."""
         return (self.weight,)
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield shapes.like(self.target, self.source)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""
@@ -69,6 +75,10 @@ class LayerNorm(Part, Op, frozen=True, tag="layer_norm"):
     def weights(self) -> tuple[Weight, ...]:
         """See `Op`."""
         return self.weight, self.bias
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        yield shapes.like(self.target, self.source)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""

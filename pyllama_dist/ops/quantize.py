@@ -1,11 +1,13 @@
 """Rounding to Q80."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor.lowering import Cut, Lowering, Row
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Buffer, Count, Name, Op, Part
+from pyllama_dist.program import Buffer, Count, Name, Op, Part, Shapes
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 from pyllama_kernels.layout import activation_bytes
@@ -20,6 +22,11 @@ class Quantize(Part, Op, frozen=True, tag="quantize"):
     source: Name
     target: Name
     heads: Count = 1
+
+    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
+        """See `Op`."""
+        width, rows = shapes.width(self.source), shapes.rows(self.source)
+        yield Buffer(self.target, FloatType.Q80, width, rows)
 
     def validate(self, check: Check) -> None:
         """See `Op`."""
