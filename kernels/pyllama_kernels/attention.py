@@ -2,11 +2,12 @@
 
 The queries that read the same key head are taken together: some rows of the batch, and all heads
 that share the key head. A page serves all of them while it is near: their scores are one small
-product, the weighted sum of the values another, and the softmax is kept running.
+product, the weighted sum of the values another. That is done for one chunk of positions after the
+other, and the softmax is kept running from chunk to chunk.
 
-What is added up for a query, and in which order, depends on its position alone: its softmax is
-updated block by block, the sums of a chunk of positions start from zero, and chunks are added one
-after the other. So no result depends on the batch, on where blocks lie, or on the threads.
+What is added up for a query, and in which order, depends on its position alone: sums of a chunk
+start from zero, and chunks are added one after the other. So no result depends on the batch, on
+where blocks lie, or on the threads.
 
 A few rows (a decode step) would be too few parts for many threads. There each chunk is a part of
 its own, and `join` adds them up; elsewhere one thread takes all chunks.
@@ -25,7 +26,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, float32, int64, types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
 from pyllama_kernels import latent
 from pyllama_kernels.byte_tile import TILE, one_page, two_pages
@@ -58,7 +59,7 @@ MOST = 64  # query heads and rows that are taken together
 _AHEAD = 8192  # bytes, at least, from what is read of a cache to what is asked for
 _QUERY_BYTES = 4  # of a number of a query: as float32, or rounded
 _AT_ONCE = 8  # queries whose sums fit into registers
-_SCORES = MOST * KV_BLOCK  # that are worked on at a time: these stay near
+_ROW = CHUNK + PAGE  # of scores; without the rest, rows would meet in the first-level cache
 _CHUNK_PAGES = CHUNK // PAGE
 
 
@@ -66,13 +67,7 @@ def scratch_bytes(head_dim: int) -> int:
     """Memory that each thread needs beside the arrays; values are no wider than keys."""
     queries = MOST * (_QUERY_BYTES * head_dim + 4 * head_dim + 4 * (head_dim + 2))
     turned = latent.scratch_bytes(head_dim, MOST, KV_BLOCK)
-    return queries + 4 * (PAGE * head_dim + _SCORES + MOST * (PAGE + 2)) + turned
-
-
-@register_jitable
-def _positions_at_once(queries: int) -> int:
-    """Positions whose scores are held at a time, for so many queries: whole blocks."""
-    return min(CHUNK, _SCORES // queries // KV_BLOCK * KV_BLOCK)
+    return queries + 4 * (PAGE * head_dim + MOST * (PAGE + _ROW + 2)) + turned
 
 
 @kernel
@@ -206,99 +201,86 @@ def _attend(
     page_keys = carray(float32_pointer(page_at), (PAGE * n,))
     page_values = carray(float32_pointer(page_at), (PAGE * m,))
     scaled_at = page_at + 4 * PAGE * n
-    scores_at = scaled_at + 4 * PAGE * MOST
-    largest = carray(float32_pointer(scores_at + 4 * _SCORES), (queries,))
-    sums = carray(float32_pointer(scores_at + 4 * (_SCORES + MOST)), (queries,))
-    spare = scores_at + 4 * (_SCORES + 2 * MOST)
-
-    totals[:] = 0
-    largest[:], sums[:] = float32(-np.inf), float32(0)
-    if chunk == 0:
-        held[:] = 0
-        held[:, m + 1] = float32(-np.inf)
+    scores_at, row_bytes = scaled_at + 4 * PAGE * MOST, 4 * _ROW
+    scores = carray(float32_pointer(scores_at), (room, _ROW))
+    largest = carray(float32_pointer(scores_at + 4 * _ROW * MOST), (queries,))
+    sums = carray(float32_pointer(scores_at + 4 * (_ROW + 1) * MOST), (queries,))
+    spare = scores_at + 4 * (_ROW + 2) * MOST
 
     # Pages are multiplied as they are kept if that is as fast; many queries share what is unpacked.
     few, whole = queries <= _AT_ONCE, m // PAGE * PAGE
     as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == m)
     size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
-    # Many positions of the keys, then as many of the values: each is read as a stream.
-    start, seen = _CHUNK_PAGES * chunk, positions[first_row:last_row].max() + 1
-    last = min(start + _CHUNK_PAGES, (seen + PAGE - 1) // PAGE)
-    at_once = min(_positions_at_once(room) // PAGE, (last - start + 1) // 2 * 2)
-    row_bytes = 4 * PAGE * at_once
-    scores = carray(float32_pointer(scores_at), (room, PAGE * at_once))
-    for first in range(start, last, at_once):
-        pages = min(at_once, last - first)
-        stream = (first, pages, last)
-        scores[:] = 0
-        if kind == KEPT_Q80:
-            _score(cached, stream, n // 32, scratch, scores_at, row_bytes, queries)
-        for page in range(pages if kind != KEPT_Q80 else 0):
-            b, c = _page(cached, keys, first + page), scores_at + 4 * PAGE * page
-            ahead = _page_ahead(cached, stream, page) - b
-            if not as_kept:
-                unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_keys)
-                b, ahead = page_at, 0
-            multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries, ahead)
-        for i in range(queries if mask.size else 0):
-            added = mask[first_row + i // heads, PAGE * first :]
-            for j in range(min(PAGE * pages, added.size)):
-                scores[i, j] += added[j]
+    # All keys, then all values: each is read as a stream.
+    seen = positions[first_row:last_row].max() + 1
+    first, last = _CHUNK_PAGES * chunk, (seen + PAGE - 1) // PAGE
+    pages = min(_CHUNK_PAGES, last - first)
+    far = max(2, (_AHEAD // page_bytes + 1) // 2 * 2)
+    stream = (first, pages, last if cell < 0 else first + pages, far)
+    scores[:, : PAGE * (pages + 1)] = 0
+    if kind == KEPT_Q80:
+        _score(cached, stream, n // 32, scratch, scores_at, row_bytes, queries)
+    for page in range(pages if kind != KEPT_Q80 else 0):
+        b, c = _page(cached, keys, first + page), scores_at + 4 * PAGE * page
+        ahead = _page_ahead(cached, stream, page) - b
+        if not as_kept:
+            unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_keys)
+            b, ahead = page_at, 0
+        multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries, ahead)
+    for i in range(queries if mask.size else 0):
+        added = mask[first_row + i // heads, PAGE * first :]
+        for j in range(min(PAGE * pages, added.size)):
+            scores[i, j] += added[j]
+    for i in range(queries):
+        limit = positions[first_row + i // heads] + 1 - PAGE * first
+        sums[i], largest[i] = _soften(scores[i, : PAGE * pages], limit)
+    totals[:] = 0
+    if turned and kind == KEPT_Q80:
         for page in range(0, pages, BLOCK_PAGES):
-            stop = min(pages, page + BLOCK_PAGES)
-            for i in range(queries):
-                limit = positions[first_row + i // heads] + 1 - PAGE * (first + page)
-                weights = scores[i, PAGE * page : PAGE * stop]
-                _soften(weights, min(limit, weights.size), totals[i], largest, sums, i)
-            if turned and kind == KEPT_Q80:
-                at = _page(cached, keys, first + page)
-                block = carray(uint8_pointer(at), (stop - page, page_bytes))
-                add_values(block, m, scores[:, PAGE * page :], queries, totals, spare)
-                continue
-            for each in range(page, stop):
-                a, b = scores_at + 4 * PAGE * each, _page(cached, values, first + each)
-                ahead = _page_ahead(cached, stream, pages + each) - b
-                if kind == KEPT_Q80 and few:
-                    for i in range(0, queries, TILE):
-                        c = totals_at + 4 * i * m
-                        _add_tile(b, m // 32, a + i * row_bytes, row_bytes, c, ahead)
-                    continue
-                if kind == KEPT_Q80:
-                    _add_many(b, m, a, row_bytes, queries, totals_at, page_at, scaled_at)
-                    continue
-                value_size = size
-                if turned:
-                    turn_keys(carray(uint8_pointer(b), (page_bytes,)), kind, m, page_values)
-                    b, ahead, value_size = page_at, 0, 4
-                elif not as_kept:
-                    unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_values)
-                    b, ahead = page_at, 0
-                for j in range(0, whole, PAGE):
-                    c, step = totals_at + 4 * j, value_size * PAGE
-                    multiply(a, row_bytes, b, value_size, step, PAGE, c, 4 * m, queries, ahead)
-                    b += value_size * PAGE * PAGE
-                rest = carray(float32_pointer(b), (PAGE, m - whole))
-                for i in range(queries if whole < m else 0):
-                    for lane in range(PAGE):
-                        for j in range(whole, m):
-                            totals[i, j] += scores[i, PAGE * each + lane] * rest[lane, j - whole]
+            at, some = _page(cached, keys, first + page), min(BLOCK_PAGES, pages - page)
+            block = carray(uint8_pointer(at), (some, page_bytes))
+            add_values(block, m, scores[:, PAGE * page :], queries, totals, spare)
+    for page in range(0 if turned and kind == KEPT_Q80 else pages):
+        a, b = scores_at + 4 * PAGE * page, _page(cached, values, first + page)
+        ahead = _page_ahead(cached, stream, pages + page) - b
+        if kind == KEPT_Q80 and few:
+            for i in range(0, queries, TILE):
+                c = totals_at + 4 * i * m
+                _add_tile(b, m // 32, a + i * row_bytes, row_bytes, c, ahead)
+            continue
+        if kind == KEPT_Q80:
+            _add_many(b, m, a, row_bytes, queries, totals_at, page_at, scaled_at)
+            continue
+        value_size = size
+        if turned:
+            turn_keys(carray(uint8_pointer(b), (page_bytes,)), kind, m, page_values)
+            b, ahead, value_size = page_at, 0, 4
+        elif not as_kept:
+            unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_values)
+            b, ahead = page_at, 0
+        for j in range(0, whole, PAGE):
+            c, step = totals_at + 4 * j, value_size * PAGE
+            multiply(a, row_bytes, b, value_size, step, PAGE, c, 4 * m, queries, ahead)
+            b += value_size * PAGE * PAGE
+        rest = carray(float32_pointer(b), (PAGE, m - whole))
+        for i in range(queries if whole < m else 0):
+            for lane in range(PAGE):
+                for j in range(whole, m):
+                    totals[i, j] += scores[i, PAGE * page + lane] * rest[lane, j - whole]
 
     for i in range(queries):
         row, head = i // heads, first_head + i % heads
         if cell >= 0:
             part = parts[cell + row * chunks + chunk, head]
-            part[:m] = totals[i]
-            part[m], part[m + 1] = sums[i], largest[i]
-            continue
-        _add_chunk(held[i], totals[i], sums[i], largest[i])
-        if chunk == chunks - 1:
             for j in range(m):
-                out[first_row + row, head, j] = held[i, j] / held[i, m]
-
-
-@kernel
-def _bytes(address: int, size: int) -> Any:
-    return carray(uint8_pointer(address), (size,))
+                part[j] = totals[i, j]
+            part[m], part[m + 1] = sums[i], largest[i]
+        elif chunks == 1:
+            _divide(totals[i], sums[i], out[first_row + row, head])
+        else:
+            _add_chunk(held[i], totals[i], sums[i], largest[i], chunk)
+            if chunk == chunks - 1:
+                _divide(held[i], held[i, m], out[first_row + row, head])
 
 
 @kernel
@@ -328,12 +310,12 @@ def _page_ahead(cached: Any, stream: Any, place: int) -> int:
     """The address of the page to ask for while that at a place in the stream is read.
 
     The stream is some pages of keys and as many of values, then the keys behind them: `stream` has
-    the first page, how many, and the one after the last. Where values are keys, there are only
-    keys.
+    the first page, how many, the one after the last, and how far to look ahead. Where values are
+    keys, there are only keys.
     """
-    keys, values, _, page_bytes, _ = cached
-    first, pages, last = stream
-    place += max(2, (_AHEAD // page_bytes + 1) // 2 * 2)
+    keys, values, _, _, _ = cached
+    first, pages, last, far = stream
+    place += far
     if keys != values and place >= pages:
         place -= pages
         if place < pages:
@@ -393,7 +375,7 @@ def _score(
     bytes from one query's scores to the next's.
     """
     keys, _, _, size, _ = cached
-    first, pages, _ = stream
+    first, pages, _, _ = stream
     tiles = (queries + TILE - 1) // TILE
     # Every tile brings its share of two later pages near: more at once would be waited for.
     lines = (2 * size // 64 + tiles * n_blocks - 1) // (tiles * n_blocks)
@@ -501,14 +483,35 @@ def _scale(typingctx, weights, stride, block, queries, scaled):
     return types.void(*[types.int64] * 5), codegen
 
 
+@kernel
+def _soften(scores: Any, limit: int) -> tuple[float, float]:
+    """Scores to weights, for the first `limit` positions; the sum of them, and the largest score.
+
+    The others get no weight. The largest is -inf if there are none, or none is selected.
+    """
+    for j in range(max(0, limit), scores.size):
+        scores[j] = float32(-np.inf)
+    address, vectors = address_of(scores), scores.size // PAGE
+    top = float32(_largest_score(address, vectors))
+    if top == float32(-np.inf):
+        scores[:] = 0
+        return float32(0), top
+    return exp_of_differences(address, top, vectors), top
+
+
 @exact_kernel
-def _add_chunk(held: Any, found: Any, weight: Any, largest: Any) -> None:
+def _add_chunk(held: Any, found: Any, weight: Any, largest: Any, chunk: int) -> None:
     """Adds to the sums of earlier chunks what one more has found.
 
     `held` is [n + 2] float32: sums of values, sum of weights, largest score, all of the earlier
     ones; `found` is [n] float32 of this chunk, with its weight and largest score.
     """
-    n = found.size
+    n = held.size - 2
+    if chunk == 0:
+        for j in range(n):
+            held[j] = found[j]
+        held[n], held[n + 1] = weight, largest
+        return
     if largest == float32(-np.inf):  # nothing of it is seen
         return
     top = max(held[n + 1], largest)
@@ -519,26 +522,10 @@ def _add_chunk(held: Any, found: Any, weight: Any, largest: Any) -> None:
     held[n + 1] = top
 
 
-@kernel
-def _soften(scores: Any, limit: int, total: Any, largest: Any, sums: Any, i: int) -> None:
-    """Scores to weights, for the first `limit` positions; earlier sums shrink to the new scale."""
-    if limit <= 0:
-        scores[:] = 0
-        return
-    for j in range(limit, scores.size):
-        scores[j] = float32(-np.inf)
-    address, vectors = address_of(scores), scores.size // PAGE
-    top = max(largest[i], _largest_score(address, vectors))
-    if top == float32(-np.inf):  # nothing of it is selected
-        scores[:] = 0
-        return
-    if top > largest[i]:
-        shrink = exp(largest[i] - top)
-        sums[i] *= shrink
-        for j in range(total.size):
-            total[j] *= shrink
-        largest[i] = top
-    sums[i] += exp_of_differences(address, top, vectors)
+@exact_kernel
+def _divide(found: Any, weight: Any, out: Any) -> None:
+    for j in range(out.size):
+        out[j] = found[j] / weight
 
 
 @kernel
@@ -560,13 +547,10 @@ def join(
         end, chunks, cut = _next_rows(seqs, positions, begin, group, len(parts) - cell)
         for row in range(begin, end if cut else begin):
             for head in range(first, last):
-                held[:] = 0
-                held[m + 1] = float32(-np.inf)
                 for chunk in range(chunks):
                     part = parts[cell + chunk, head]
-                    _add_chunk(held, part[:m], part[m], part[m + 1])
-                for j in range(m):
-                    out[row, head, j] = held[j] / held[m]
+                    _add_chunk(held, part, part[m], part[m + 1], chunk)
+                _divide(held, held[m], out[row, head])
             cell += chunks
         begin = end
 

@@ -42,9 +42,7 @@ def place_of(blocks: Any, position: int) -> tuple[int, int, int]:
 
 
 @kernel
-def store_keys(
-    x: Any, seqs: Any, positions: Any, table: Any, kind: int, cache: Any
-) -> None:
+def store_keys(x: Any, seqs: Any, positions: Any, table: Any, kind: int, cache: Any) -> None:
     """See `reference.store_keys`."""
     rows, heads, n = x.shape
     room = stack(32)
@@ -71,9 +69,7 @@ def store_keys(
 
 
 @kernel
-def store_values(
-    x: Any, seqs: Any, positions: Any, table: Any, kind: int, cache: Any
-) -> None:
+def store_values(x: Any, seqs: Any, positions: Any, table: Any, kind: int, cache: Any) -> None:
     """See `reference.store_values`."""
     rows, heads, n = x.shape
     for row in range(rows):

@@ -160,9 +160,7 @@ def concat(first: F32, second: F32, out: F32) -> None:
     out[:] = np.concatenate([first, second], axis=2)
 
 
-def store_keys(
-    x: F32, seqs: I64, positions: I64, table: I64, kind: int, cache: U8
-) -> None:
+def store_keys(x: F32, seqs: I64, positions: I64, table: I64, kind: int, cache: U8) -> None:
     """Keeps each row's keys.
 
     Args:
@@ -180,9 +178,7 @@ def store_keys(
             write_position(cache[block, head, page], lane, key, kind, lanes_last=True)
 
 
-def store_values(
-    x: F32, seqs: I64, positions: I64, table: I64, kind: int, cache: U8
-) -> None:
+def store_values(x: F32, seqs: I64, positions: I64, table: I64, kind: int, cache: U8) -> None:
     """Keeps each row's values: arguments as for `store_keys`."""
     for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
         page, lane = divmod(position % KV_BLOCK, PAGE)
