@@ -407,7 +407,10 @@ GOOD_BATCHES = [
     (NO_BLOCKS, Batch((2,), (5,), (), table=((2, 0, 8),))),
     (NO_BLOCKS, Batch((2,), (LONG,), (), table=((2, 1, 8), (2, 0, 0), (0, 2, 3)))),
     # The beginning is shared; each writes to a block of its own.
-    (NO_BLOCKS, Batch((0, 2), (LONG, LONG), (), table=((0, 0, 4), (2, 0, 4), (0, 1, 1), (2, 1, 2)))),
+    (
+        NO_BLOCKS,
+        Batch((0, 2), (LONG, LONG), (), table=((0, 0, 4), (2, 0, 4), (0, 1, 1), (2, 1, 2))),
+    ),
     (np.zeros((3, 3), np.int64), Batch((0, 1), (5, 6), ())),
 ]
 BAD_BATCHES = {
