@@ -47,7 +47,7 @@ class Engine:
     def __init__(self, root: Root) -> None:
         self.root = root
         self._program = root.node.program
-        self._cached: list[int] = []  # tokens whose keys and values slot 0 holds
+        self._cached: list[int] = []  # tokens whose keys and values sequence 0 holds
 
     @property
     def seq_len(self) -> int:

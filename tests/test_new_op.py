@@ -116,7 +116,7 @@ def test_a_new_op_and_a_new_model_run_on_any_number_of_nodes(
         monkeypatch.setenv("PYLLAMA_KERNELS", kernels)
     other = tiny(qkv_bias=False, weights=weights)
     model = type(other)(other.config, tensors(other.config))
-    plan = Plan(shares(model.config, n_nodes), FloatType.F32, FloatType.F32, 8, 8, 1, 32)
+    plan = Plan(shares(model.config, n_nodes), FloatType.F32, FloatType.F32, 8, 8, 1, 1, 32)
     programs = [build(model.config, plan, node) for node in range(n_nodes)]
     rows = range(len(TOKENS))
     with simulated_root(model, programs, n_threads=2) as root:

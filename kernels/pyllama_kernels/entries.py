@@ -8,13 +8,13 @@ The entry of matrix products is in `products`.
 from typing import Any
 
 from pyllama_kernels import attention, cache, experts, ops, selection
-from pyllama_kernels.attention import count_chunks
 from pyllama_kernels.blocks import BLOCK
 from pyllama_kernels.entry import ENTRIES as ENTRIES
 from pyllama_kernels.entry import entry
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.layout import activation_bytes
 from pyllama_kernels.optable import (
+    CELLS,
     LOGITS,
     N_PAIRS,
     N_ROWS,
@@ -22,13 +22,15 @@ from pyllama_kernels.optable import (
     POSITIONS,
     SCRATCH,
     SCRATCH_BYTES,
-    SLOTS,
+    SEQS,
     f32,
     i64,
     plan_at,
     share,
+    table_of,
     u8,
 )
+from pyllama_kernels.pages import BLOCK_PAGES
 from pyllama_kernels.plans import EXPERTS, PAIRS, lists
 from pyllama_kernels.products import activations
 
@@ -144,40 +146,38 @@ def concat(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def store_keys(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     a, z = share(op.heads, part, parts)
-    slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-    kept = u8(op.out, op.n_slots, op.heads, op.pages, op.page_bytes)[:, a:z]
+    seqs, positions = i64(step[SEQS], rows), i64(step[POSITIONS], rows)
+    kept = u8(op.out, op.n_blocks, op.heads, BLOCK_PAGES, op.page_bytes)[:, a:z]
     x = f32(op.a, rows, op.heads, n)[:, a:z]
-    cache.store_keys(x, slots, positions, op.kind, kept)
+    cache.store_keys(x, seqs, positions, table_of(step), op.kind, kept)
 
 
 @entry
 def store_values(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     a, z = share(op.heads, part, parts)
-    slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-    kept = u8(op.out, op.n_slots, op.heads, op.pages, op.page_bytes)[:, a:z]
+    seqs, positions = i64(step[SEQS], rows), i64(step[POSITIONS], rows)
+    kept = u8(op.out, op.n_blocks, op.heads, BLOCK_PAGES, op.page_bytes)[:, a:z]
     x = f32(op.a, rows, op.heads, n)[:, a:z]
-    cache.store_values(x, slots, positions, op.kind, kept)
+    cache.store_values(x, seqs, positions, table_of(step), op.kind, kept)
 
 
 @entry
 def attend(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n, m = step[op.rows], op.n, op.m
-    slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-    keys = u8(op.c, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
-    values = u8(op.b, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
     attention.attend(
         f32(op.a, rows, op.heads, n),
-        keys,
-        values,
+        u8(op.c, op.n_blocks, op.kv_heads, BLOCK_PAGES, op.page_bytes),
+        u8(op.b, op.n_blocks, op.kv_heads, BLOCK_PAGES, op.page_bytes),
         op.kind,
-        slots,
-        positions,
+        i64(step[SEQS], rows),
+        i64(step[POSITIONS], rows),
+        table_of(step),
         op.first,
         op.group,
         op.scale,
         f32(op.w, rows if op.w else 0, op.seq_len),
-        f32(step[PARTS], rows, op.heads, count_chunks(positions), m + 2),
+        f32(step[PARTS], step[CELLS], op.heads, m + 2),
         f32(op.out, rows, op.heads, m),
         step[SCRATCH] + thread * step[SCRATCH_BYTES],
         part,
@@ -188,11 +188,17 @@ def attend(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def join(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, m = step[op.rows], op.m
-    chunks = count_chunks(i64(step[POSITIONS], rows))
-    if chunks > 1:
-        a, z = share(op.heads, part, parts)
-        found = f32(step[PARTS], rows, op.heads, chunks, m + 2)
-        attention.join(found, a, z, f32(op.out, rows, op.heads, m))
+    a, z = share(op.heads, part, parts)
+    attention.join(
+        f32(step[PARTS], step[CELLS], op.heads, m + 2),
+        i64(step[SEQS], rows),
+        i64(step[POSITIONS], rows),
+        op.group,
+        a,
+        z,
+        step[SCRATCH] + thread * step[SCRATCH_BYTES],
+        f32(op.out, rows, op.heads, m),
+    )
 
 
 @entry
@@ -202,10 +208,11 @@ def select(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     selection.select(
         f32(op.a, rows, op.heads, n),
         f32(op.b, rows, op.heads),
-        u8(op.c, op.n_slots, 1, op.pages, op.page_bytes),
+        u8(op.c, op.n_blocks, 1, BLOCK_PAGES, op.page_bytes),
         op.kind,
-        i64(step[SLOTS], rows),
+        i64(step[SEQS], rows),
         i64(step[POSITIONS], rows),
+        table_of(step),
         op.group,
         op.scale,
         f32(op.out, rows, op.seq_len),

@@ -70,7 +70,7 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> tuple[int, int
         shares = 4 * _SHARES if op.plan and step[N_ROWS] > 1 else _SHARES
         return cut_twice(shares, rows * op.n * outputs // _PRODUCTS, n_threads)
     if op.cut == Cut.ATTENTION:
-        seen = rows * i64(step[POSITIONS], rows).max()
+        seen = i64(step[POSITIONS], rows).sum()
         return cut_twice(_SHARES, seen * op.cost // _SCORES, n_threads)
     if op.cut == Cut.SELECTION:
         return cut_twice(_SHARES, rows, n_threads)

@@ -15,6 +15,7 @@ from pyllama_dist.program import Batch, Program
 from pyllama_kernels import oploop, optable, team
 from pyllama_kernels.entries import ENTRIES
 from pyllama_kernels.optable import OP
+from pyllama_kernels.pages import count_cells
 
 _JOIN_SECONDS = 5.0
 
@@ -42,9 +43,13 @@ class CompiledExecutor:
             entry["entry"], entry["cut"] = ENTRIES[row.entry].address, row.cut
         self._state = team.new_state(n_threads)
         self._step = np.zeros(optable.STEP_WORDS, np.int64)
-        self._step[optable.SLOTS] = address(self.memory.slots)
+        self._step[optable.SEQS] = address(self.memory.seqs)
         self._step[optable.POSITIONS] = address(self.memory.positions)
         self._step[optable.LOGITS] = address(self.memory.logits)
+        self._step[optable.TABLE] = address(self.memory.table)
+        self._step[optable.N_SEQS] = program.n_seqs
+        self._step[optable.SEQ_BLOCKS] = self.memory.table.shape[1]
+        self._step[optable.CELLS] = count_cells(program.seq_len, program.max_rows)
         self._step[optable.PARTS] = address(self._parts)
         self._step[optable.SCRATCH] = address(self._scratch)
         self._step[optable.SCRATCH_BYTES] = scratch

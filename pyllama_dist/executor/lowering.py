@@ -114,8 +114,8 @@ class Lowering:
     def cache(self, name: str) -> dict[str, float]:
         """The sizes of a cache."""
         spec = self.memory.cache_specs[name]
-        n_slots, kv_heads, pages, page_bytes = self.memory.caches[name].shape
-        sizes = {"n_slots": n_slots, "pages": pages, "page_bytes": page_bytes}
+        n_blocks, kv_heads, _, page_bytes = self.memory.caches[name].shape
+        sizes = {"n_blocks": n_blocks, "page_bytes": page_bytes}
         return sizes | {"kind": spec.float_type, "kv_heads": kv_heads, "n": spec.head_dim}
 
     def keep(self, array: npt.NDArray[Any]) -> int:

@@ -31,7 +31,7 @@ from pyllama_kernels.layout import (
     pack_weights_in_place,
     packed_rows,
 )
-from pyllama_kernels.pages import PAGE, page_bytes
+from pyllama_kernels.pages import BLOCK_PAGES, KV_BLOCK, page_bytes, seq_blocks
 from pyllama_kernels.plans import most_tile_rows
 
 F32 = npt.NDArray[np.float32]
@@ -64,14 +64,22 @@ def pipe_bytes(program: Program, pipe: Pipe) -> int:
 def planned_bytes(program: Program) -> int:
     """Bytes that a node needs for a program, as far as they grow with the model."""
     caches = sum(c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
-    positions = -(-program.seq_len // PAGE) * PAGE  # caches are whole pages
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
     constants = {c.key: c.nbytes for op in ops(program) for c in op.constants(program)}
     facts = 8 * (2 * program.max_rows + program.max_logits)
+    facts += 8 * program.n_seqs * seq_blocks(program.seq_len)
     held = sum(_room(weight) + 8 for weight in weights(program))  # and its address
-    kept = caches * program.n_slots * positions
+    kept = caches * program.n_blocks * KV_BLOCK
     return held + kept + buffers + pipes + facts + shared_bytes(program) + sum(constants.values())
+
+
+def own_blocks(program: Program) -> tuple[tuple[int, int, int], ...]:
+    """The table where each sequence has blocks of its own, as far as there are any."""
+    each = seq_blocks(program.seq_len)
+    places = ((seq, place) for seq in range(program.n_seqs) for place in range(each))
+    blocks = range(program.n_blocks)
+    return tuple((seq, place, block) for (seq, place), block in zip(places, blocks, strict=False))
 
 
 def shared_bytes(program: Program) -> int:
@@ -96,9 +104,8 @@ def _buffer_bytes(program: Program, buffer: Buffer) -> int:
 
 
 def _cache_shape(program: Program, cache: Cache) -> tuple[int, ...]:
-    pages = -(-program.seq_len // PAGE)
     size = page_bytes(cache.float_type.value, cache.head_dim)
-    return program.n_slots, cache.kv_heads, pages, size
+    return program.n_blocks, cache.kv_heads, BLOCK_PAGES, size
 
 
 def _room(weight: Weight) -> int:
@@ -182,7 +189,9 @@ class Memory:
                     self.constants[constant.key] = constant.make()
         self._rows: dict[str, Rows] = {part.name: part.rows for part in program.pipes}
         self._rows |= {part.name: part.rows for part in program.buffers}
-        self.slots: I64 = np.zeros(program.max_rows, np.int64)
+        # Which block holds which positions of a sequence; -1: none.
+        self.table: I64 = np.full((program.n_seqs, seq_blocks(program.seq_len)), -1, np.int64)
+        self.seqs: I64 = np.zeros(program.max_rows, np.int64)
         self.positions: I64 = np.zeros(program.max_rows, np.int64)
         self.logits: I64 = np.zeros(program.max_logits, np.int64)
         self.n_rows = self.n_logits = self.n_pairs = 0
@@ -196,17 +205,22 @@ class Memory:
             pack_weights_in_place(room.view(np.uint16), n_blocks, spare)
 
     def set_batch(self, batch: Batch) -> None:
-        """The rows that the next segments work on."""
-        self.n_rows, self.n_logits = len(batch.slots), len(batch.logits)
+        """The rows that the next segments work on, and where blocks are from now on."""
+        for seq, place, block in batch.table:
+            self.table[seq, place] = block
+        for source, target in batch.copies:
+            for cache in self.caches.values():
+                cache[target] = cache[source]
+        self.n_rows, self.n_logits = len(batch.seqs), len(batch.logits)
         self.n_pairs = self.n_rows * self.program.n_active_experts
-        self.slots[: self.n_rows] = batch.slots
+        self.seqs[: self.n_rows] = batch.seqs
         self.positions[: self.n_rows] = batch.positions
         self.logits[: self.n_logits] = batch.logits
 
     @property
-    def row_slots(self) -> I64:
-        """The slot of each row of the batch."""
-        return self.slots[: self.n_rows]
+    def row_places(self) -> tuple[I64, I64, I64]:
+        """Where rows are kept: the sequence and the position of each, and the table of blocks."""
+        return self.seqs[: self.n_rows], self.row_positions, self.table
 
     @property
     def row_positions(self) -> I64:

@@ -10,11 +10,11 @@ from pyllama_dist.executor.memory import Memory
 from pyllama_dist.program import Buffer, Count, Name, Op, Part, Program, Shapes, Width
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
-from pyllama_kernels.pages import CHUNK, FEW
+from pyllama_kernels.pages import count_cells
 
 
 class Store(Part, Op, frozen=True, tag="store"):
-    """Writes each row into a cache, at the row's slot and position.
+    """Writes each row into a cache, at the row's sequence and position.
 
     A cache of keys is laid out for products with queries; so is what serves as keys and values.
     """
@@ -35,7 +35,7 @@ class Store(Part, Op, frozen=True, tag="store"):
         spec, cache = memory.cache_specs[self.cache], memory.caches[self.cache]
         store = reference.store_keys if self.keys else reference.store_values
         x = memory.heads(self.source, spec.head_dim)
-        store(x, memory.row_slots, memory.row_positions, spec.float_type, cache)
+        store(x, *memory.row_places, spec.float_type, cache)
 
     def lower(self, table: Lowering) -> list[Row]:
         """See `Op`."""
@@ -79,11 +79,11 @@ class Attention(Part, Op, frozen=True, tag="attention"):
         yield Buffer(self.target, FloatType.F32, heads * self.value_dim)
 
     def shared_bytes(self, program: Program) -> int:
-        """What is found in each chunk of positions, for a small batch."""
+        """What is found in each chunk of positions, for a few rows."""
         head_dim = next(c.head_dim for c in program.caches if c.name == self.key_cache)
         width = next(b.width for b in program.buffers if b.name == self.query)
-        chunks = -(-program.seq_len // CHUNK)
-        return 4 * FEW * width // head_dim * chunks * (head_dim + 2)  # values are no wider
+        cells = count_cells(program.seq_len, program.max_rows)
+        return 4 * cells * width // head_dim * (self.value_dim + 2)
 
     def scratch_bytes(self, program: Program) -> int:
         """See `Op`."""
@@ -131,8 +131,7 @@ class Attention(Part, Op, frozen=True, tag="attention"):
             memory.caches[self.key_cache],
             memory.caches[self.value_cache],
             spec.float_type,
-            memory.row_slots,
-            memory.row_positions,
+            *memory.row_places,
             self.first,
             self.group,
             self.scale,
@@ -210,8 +209,7 @@ class Select(Part, Op, frozen=True, tag="select"):
             memory.f32(self.head_weights),
             memory.caches[self.cache],
             spec.float_type,
-            memory.row_slots,
-            memory.row_positions,
+            *memory.row_places,
             self.top_k,
             self.scale,
             memory.f32(self.target),
