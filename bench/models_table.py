@@ -1,4 +1,4 @@
-"""Writes what models weigh into README.md, between two marker comments.
+"""Writes what models weigh into pyllama_dist/models/README.md, between two marker comments.
 
     python bench/models_table.py
 
@@ -17,7 +17,7 @@ from pyllama_dist.config import ModelConfig
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.sizes import model_sizes
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "pyllama_dist" / "models" / "README.md"
 START, END = "<!-- models -->", "<!-- /models -->"
 SEQ_LEN = 4096
 NODES = (1, 2, 4, 8)

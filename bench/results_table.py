@@ -1,4 +1,4 @@
-"""Writes the results in bench/results/*.json into README.md, between two marker comments.
+"""Writes the results in bench/results/*.json into bench/README.md, between two marker comments.
 
     python bench/results_table.py
 
@@ -140,7 +140,7 @@ def read(path: Path) -> Json:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "bench" / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args()
     before, start, rest = args.readme.read_text().partition(START)

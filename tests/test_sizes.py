@@ -207,7 +207,11 @@ def models_table():
 
 
 def test_the_table_of_models_in_the_readme_is_up_to_date(models_table):
-    between = (ROOT / "README.md").read_text().partition(models_table["START"])[2]
+    between = (
+        (ROOT / "pyllama_dist" / "models" / "README.md")
+        .read_text()
+        .partition(models_table["START"])[2]
+    )
     assert between.partition(models_table["END"])[0].strip() == models_table["table"](), (
         "run bench/models_table.py"
     )

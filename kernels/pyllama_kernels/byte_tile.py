@@ -21,7 +21,7 @@ from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 TILE = 4  # rows of activations
 TILE_BYTES = TILE * ROW_BYTES  # of a tile in one block of inputs: see `layout`
 
-ISA: InstructionSet = cpu.load(cpu.choose().name).ISA
+ISA: InstructionSet = cpu.compiled().ISA
 
 
 def with_bias(quad: Value) -> Value:

@@ -153,6 +153,12 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"pyllama_kernels.{inside}")
 
 
+def compiled() -> ModuleType:
+    """The chosen set of kernels; where nothing compiled is asked for, one that always runs."""
+    name = choose().name
+    return load("portable" if name == REFERENCE else name)
+
+
 @cache
 def host() -> Host:
     """What this process runs on and compiles for."""

@@ -24,7 +24,7 @@ from pyllama_kernels.plans import EXPERTS, LISTED, lists
 # Float types of weights: distributed-llama's numbers.
 F32, Q40, Q80 = 0, 2, 3
 
-matmul_q40 = cpu.load(cpu.choose().name).matmul_q40
+matmul_q40 = cpu.compiled().matmul_q40
 
 
 @kernel
