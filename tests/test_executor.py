@@ -587,6 +587,7 @@ def test_results_do_not_depend_on_where_blocks_lie_or_on_neighbours(tiny, arch, 
 @pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
 def test_a_sequence_goes_on_from_copies_of_anothers_blocks(tiny, run_of, make, cache):
     """A beginning is shared: its whole block as it is, the one that is begun as a copy."""
+    cache_type = FloatType.F32 if cache is FloatType.F32 else FloatType.Q40
     model = tiny(head_dim=32, max_seq_len=300)
     limits = {"cache": cache, "max_rows": 140, "max_logits": 140, "seq_len": 300}
     prompt = [i * 7 % 101 for i in range(KV_BLOCK + 9)]
@@ -604,15 +605,15 @@ def test_a_sequence_goes_on_from_copies_of_anothers_blocks(tiny, run_of, make, c
         found = step(model, shared, (8, 9), batch)
         np.testing.assert_array_equal(held.table, [[3, 0, -1], [3, 2, -1]])
         assert not any(cache[1].any() for cache in held.caches.values())
-        for old, cache in zip(before, held.caches.values(), strict=True):
+        for old, (of_one, _, of_other, _) in zip(before, held.caches.values(), strict=True):
             # One more position each, and not the same.
-            assert (old != cache[0]).any()
-            assert (cache[0] != cache[2]).any()
-    np.testing.assert_array_equal(found[0], first[0])
-    if make is compiled:
-        np.testing.assert_array_equal(found[1], other[0])
-    else:
-        assert_close(found[1], other[0])
+            assert (old != of_one).any()
+            assert (of_one != of_other).any()
+    for logits, expected in zip(found, (first[0], other[0]), strict=True):
+        if make is compiled:
+            np.testing.assert_array_equal(logits, expected)
+        else:  # a library's product of two rows is not that of one
+            assert_close(logits, expected, cache_type)
 
 
 def test_the_table_changes_before_blocks_are_copied(tiny):
