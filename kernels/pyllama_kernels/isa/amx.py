@@ -36,7 +36,7 @@ ISA = replace(
     features=(*avx512_vnni.ISA.features, "amx-tile", "amx-bf16"),
 )
 
-LEAST = 24  # rows of a batch: fewer are multiplied faster as bytes
+LEAST = 21  # rows of a batch: up to 20, a tile of 16 and one of 4, bytes are multiplied faster
 _ROWS = 512  # of the batch at a time
 _GROUPS = 16  # of weights at a time
 _BLOCKS = 16  # of inputs at a time
