@@ -17,6 +17,7 @@ import pytest
 from pyllama_kernels import reference
 from pyllama_kernels.blocks import dequantize_q40, quantize_q40
 from pyllama_kernels.cpu import PORTABLE, choose, host
+from pyllama_kernels.isa.amx import LEAST
 from pyllama_kernels.layout import activation_bytes, pack_weights, unpack_activations
 
 TILES = {"amx-tile", "amx-bf16"}
@@ -120,6 +121,7 @@ def run(tmp_path_factory):
             "NUMBA_CPU_FEATURES": ",".join([*flags, *(f"+{name}" for name in sorted(TILES))]),
             "PYLLAMA_DIST_CACHE_DIR": str(folder),  # nothing compiled lies there yet
             "PYLLAMA_KERNELS": "",
+            "MALLOC_PERTURB_": "1",  # glibc's new memory is full of 0xFE: no zeros by chance
             "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }
         how = "emulated" if LACKS else "native"
@@ -169,12 +171,14 @@ class Case:
         return {"x": x, "w": w, "bias": bias, "shape": np.array([self.rows, self.m])}
 
 
-FEW = [Case(1, 40, 64), Case(4, 17, 96)]
+FEW = [Case(1, 40, 64), Case(4, 17, 96), Case(LEAST - 1, 33, 64)]
 MANY = [
-    Case(5, 1, 32),
-    Case(5, 33, 64, bias=False),
-    Case(16, 16, 32),
-    Case(17, 47, 544),  # chunks of 16 blocks: one and a bit
+    Case(LEAST, 1, 32),
+    Case(LEAST, 33, 64, bias=False),
+    Case(25, 40, 0),  # as of a node that holds no block of an FFN
+    Case(26, 18, 0, bias=False),
+    Case(32, 16, 32),
+    Case(36, 47, 544),  # chunks of 16 blocks: one and a bit
     Case(31, 64, 512, bias=False),
     Case(33, 15, 1056),
     Case(48, 31, 96),

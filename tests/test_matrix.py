@@ -17,7 +17,7 @@ F32 = np.float32
 NO_BIAS = np.empty(0, F32)
 
 seeds = st.integers(0, 2**32 - 1)
-ROWS = (0, 1, 2, 3, 4, 5, 16, 17, 33, 70)
+ROWS = (0, 1, 2, 4, 5, 8, 9, 16, 17, 20, 24, 33, 70)
 rows = st.sampled_from(ROWS)
 
 
@@ -114,15 +114,16 @@ def test_a_row_alone_is_its_values_its_scale_and_its_offset():
 def test_every_activation_lies_where_the_layout_says(n_rows, n_blocks, seed):
     values, scales = random_batch(seed, n_rows, n_blocks)
     packed = tiles(values, scales)
-    t = 1 if n_rows == 1 else 4 if n_rows <= 4 else 16
     for row in range(n_rows):
+        first, place = row // 16 * 16, row % 16
+        t = min(size for size in (1, 4, 8, 16) if size >= min(16, n_rows - first))
         for block in range(n_blocks):
-            cell = packed[(row // t * n_blocks + block) * 40 * t :].tobytes()
-            held = np.frombuffer(cell, np.int8, 32, 32 * (row % t))
+            cell = packed[(first * n_blocks + block * t) * 40 :].tobytes()
+            held = np.frombuffer(cell, np.int8, 32, 32 * place)
             expected = values[row, 32 * block : 32 * block + 32]
             np.testing.assert_array_equal(held, expected)
-            (scale,) = struct.unpack_from("<f", cell, 32 * t + 4 * (row % t))
-            (offset,) = struct.unpack_from("<i", cell, 36 * t + 4 * (row % t))
+            (scale,) = struct.unpack_from("<f", cell, 32 * t + 4 * place)
+            (offset,) = struct.unpack_from("<i", cell, 36 * t + 4 * place)
             assert (scale, offset) == (scales[row, block], -8 * sum(map(int, expected)))
 
 
@@ -261,6 +262,7 @@ def q40_product(isa, batch, n_rows, weight, bias, m):
 @example(1, 1, 16, False, 0)
 @example(4, 2, 16, True, 0)
 @example(5, 3, 48, True, 0)
+@example(9, 3, 48, False, 0)
 @example(70, 1, 33, True, 0)
 @example(0, 2, 3, False, 0)
 @example(2, 0, 3, True, 0)
@@ -276,7 +278,7 @@ def test_matmul_q40(isa, n_rows, n_blocks, m, with_bias, seed):
 
 
 @EVERY
-@pytest.mark.parametrize("n_rows", [1, 4, 16])
+@pytest.mark.parametrize("n_rows", [1, 4, 8, 16])
 @pytest.mark.parametrize("value", [-128, -127, 127])
 @pytest.mark.parametrize("nibble", [0, 15])
 def test_matmul_q40_of_the_largest_values_does_not_overflow(isa, n_rows, value, nibble):
@@ -339,7 +341,7 @@ def test_a_row_of_a_batch_is_the_row_alone(isa):
     values, scales = random_batch(1, n_rows, n_blocks)
     _, weight, bias = large(1, n_blocks, m)
     whole = q40_product(isa, tiles(values, scales), n_rows, weight, bias, m)
-    for count in (1, 3):
+    for count in (1, 3, 7, 12, 22):  # a tile of each size, and one after another
         for row in range(0, n_rows - count, 7):
             batch = tiles(values[row : row + count], scales[row : row + count])
             found = q40_product(isa, batch, count, weight, bias, m)

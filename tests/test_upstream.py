@@ -14,22 +14,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace as changed
 from safetensors.numpy import save_file
 
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
 from pyllama_dist.engine import Engine
 from pyllama_dist.errors import FileError
+from pyllama_dist.executor import kernels
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
+from pyllama_kernels.isa.amx import LEAST
 
 pytestmark = pytest.mark.timeout(60)
 
-Rounding = Callable[[np.ndarray], np.ndarray]
+Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-TOKENS = (5, 90, 17, 17, 2, 61, 33, 8, 0, 44, 96, 12)
+# As many as AMX multiplies with tiles.
+TOKENS = (5, 90, 17, 17, 2, 61, 33, 8, 0, 44, 96, 12, 70, 1, 5, 90, 3, 28, 55, 81, 9, 64, 17, 40, 2)
 FORMATS = {"f32": 0, "q40": 2}
 
 
@@ -229,29 +233,43 @@ def q80(x: np.ndarray) -> np.ndarray:
     return (q * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
 
 
-def exact(x: np.ndarray) -> np.ndarray:
-    return x
+def bf16(x: np.ndarray) -> np.ndarray:
+    """To 8 bits, halves away from zero."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.copysign(np.floor(np.abs(mantissa) * 256 + 0.5) / 256, mantissa), exponent)
 
 
-def gated(x: np.ndarray, w: dict[str, np.ndarray], at: str, given: Rounding) -> np.ndarray:
-    gate, up = (given(x) @ w[f"{at}{name}_proj.weight"].T for name in ("gate", "up"))
-    return given(gate / (1 + np.exp(-gate)) * up) @ w[f"{at}down_proj.weight"].T
+def exact(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return x @ w.T
+
+
+def quantized(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """As this CPU's kernels multiply, but that their sums are float32."""
+    if kernels() == "amx" and len(x) >= LEAST:
+        return bf16(q80(x)) @ bf16(w).T
+    return q80(x) @ w.T
+
+
+def gated(x: np.ndarray, w: dict[str, np.ndarray], at: str, product: Product) -> np.ndarray:
+    gate, up = (product(x, w[f"{at}{name}_proj.weight"]) for name in ("gate", "up"))
+    return product(gate / (1 + np.exp(-gate)) * up, w[f"{at}down_proj.weight"])
 
 
 def mixture(
-    x: np.ndarray, w: dict[str, np.ndarray], at: str, t: Tiny, given: Rounding
+    x: np.ndarray, w: dict[str, np.ndarray], at: str, t: Tiny, product: Product
 ) -> np.ndarray:
     out = np.zeros_like(x)
-    for row, scores in enumerate(softmax(x @ w[f"{at}gate.weight"].T)):
-        best = np.argsort(-scores)[: t.active]
-        for e in best:
-            share = scores[e] / scores[best].sum()
-            out[row] += share * gated(x[row], w, f"{at}experts.{e}.", given)
+    scores = softmax(x @ w[f"{at}gate.weight"].T)
+    worst = np.sort(scores, axis=1)[:, -t.active, None]
+    scores = np.where(scores < worst, 0, scores)
+    for e, shares in enumerate((scores / scores.sum(axis=1, keepdims=True)).T):
+        rows = np.flatnonzero(shares)
+        out[rows] += shares[rows, None] * gated(x[rows], w, f"{at}experts.{e}.", product)
     return out
 
 
-def logits(t: Tiny, weights: dict[str, np.ndarray], given: Rounding = exact) -> np.ndarray:
-    """Logits of TOKENS; `given` is what is done to the inputs of all matrices but the router."""
+def logits(t: Tiny, weights: dict[str, np.ndarray], product: Product = exact) -> np.ndarray:
+    """Logits of TOKENS; `product` is that of all matrices but the router."""
     w = {name: values.astype(np.float64) for name, values in weights.items()}
     n = len(TOKENS)
     x = w["model.embed_tokens.weight"][list(TOKENS)]
@@ -259,7 +277,7 @@ def logits(t: Tiny, weights: dict[str, np.ndarray], given: Rounding = exact) -> 
         at = f"model.layers.{layer}."
         y = norm(x, w[f"{at}input_layernorm.weight"], t.epsilon)
         q, k, v = (
-            (given(y) @ w[f"{at}self_attn.{name}_proj.weight"].T).reshape(n, -1, t.head_dim)
+            product(y, w[f"{at}self_attn.{name}_proj.weight"]).reshape(n, -1, t.head_dim)
             for name in "qkv"
         )
         if not t.permuted:
@@ -269,13 +287,13 @@ def logits(t: Tiny, weights: dict[str, np.ndarray], given: Rounding = exact) -> 
         scores = np.einsum("qhd,khd->hqk", rope(q, t), k) / t.head_dim**0.5
         scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
         z = np.einsum("hqk,khd->qhd", softmax(scores), v).reshape(n, -1)
-        x = x + given(z) @ w[f"{at}self_attn.o_proj.weight"].T
+        x = x + product(z, w[f"{at}self_attn.o_proj.weight"])
         y = norm(x, w[f"{at}post_attention_layernorm.weight"], t.epsilon)
         if t.experts:
-            x = x + mixture(y, w, f"{at}mlp.", t, given)
+            x = x + mixture(y, w, f"{at}mlp.", t, product)
         else:
-            x = x + gated(y, w, f"{at}mlp.", given)
-    return given(norm(x, w["model.norm.weight"], t.epsilon)) @ w["lm_head.weight"].T
+            x = x + gated(y, w, f"{at}mlp.", product)
+    return product(norm(x, w["model.norm.weight"], t.epsilon), w["lm_head.weight"])
 
 
 # ---- the tests
@@ -284,7 +302,8 @@ def logits(t: Tiny, weights: dict[str, np.ndarray], given: Rounding = exact) -> 
 def run(path: Path, n_nodes: int) -> np.ndarray:
     with ModelFile.open(path, ARCHITECTURES) as model:
         cluster = Cluster(local_workers=n_nodes - 1, sync=FloatType.F32, cache=FloatType.F32)
-        with simulated_root(model, programs(model.config, cluster)) as root:
+        at_once = [changed(p, max_logits=len(TOKENS)) for p in programs(model.config, cluster)]
+        with simulated_root(model, at_once) as root:
             return Engine(root).logits(list(TOKENS))
 
 
@@ -308,7 +327,7 @@ def test_q40_logits_are_near_those_of_the_equations(
     weights = random_weights(t)
     path = tmp_path / "model.m"
     path.write_bytes(file_bytes(t, weights, "q40"))
-    expected = logits(t, rounded(t, weights, "q40"), q80)
+    expected = logits(t, rounded(t, weights, "q40"), quantized)
     assert np.abs(run(path, n_nodes) - expected).max() < 0.03
 
 

@@ -9,7 +9,7 @@ from numba import carray, float32
 from pyllama_kernels import ops
 from pyllama_kernels.exponential import exp
 from pyllama_kernels.jit import exact_kernel, kernel
-from pyllama_kernels.layout import BLOCK, ROW_BYTES, activation_bytes, tile_rows
+from pyllama_kernels.layout import BLOCK, ROW_BYTES, activation_bytes, padded_rows
 from pyllama_kernels.lowlevel import address_of, float32_pointer, stack, uint8_pointer
 from pyllama_kernels.plans import LISTED, MOST_EXPERTS, PAIRS, lists
 
@@ -123,7 +123,7 @@ def make_plan(route: Any, active: int, plan: Any) -> None:
             experts[listed], firsts[listed], tiles[listed] = expert, pair, tile
             listed += 1
             pair += count
-            tile += _tiles(count)
+            tile += padded_rows(count)
     firsts[listed], tiles[listed] = pair, tile
     plan[PAIRS], plan[LISTED] = pair, listed
     for place in range(n_rows * active):
@@ -132,13 +132,6 @@ def make_plan(route: Any, active: int, plan: Any) -> None:
             counts[chosen[place]] += 1
             rows[pair] = place // active
             pairs[place] = pair
-
-
-@exact_kernel
-def _tiles(rows: int) -> int:
-    """Rows of the tiles of so many rows."""
-    t = tile_rows(rows)
-    return (rows + t - 1) // t * t
 
 
 @kernel

@@ -13,7 +13,8 @@ The bytes are those of a `.m` file's Q40 blocks, in another order; a matrix whos
 multiple of 16 is filled up with zeros. The groups of a matrix lie one after the other, and within a
 group the blocks, so that a kernel reads one stream from the first byte to the last.
 
-Activations. The rows of a batch are cut into tiles of 1, 4 or 16 rows (`tile_rows`):
+Activations. The rows of a batch are cut into tiles of 16 rows; the last tile has 1, 4, 8 or 16, as
+few as hold the rows that are left (`tile_rows`):
 
     tile of T rows, 32 inputs: 40 * T bytes
     +------------------+------------------+-----+------------------+-------------+--------------+
@@ -25,6 +26,7 @@ A nibble q stands for q - 8. The kernels multiply with q as it is and start from
 is -8 times the sum of the row's 32 values.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ U8 = npt.NDArray[np.uint8]
 GROUP = 16  # rows of weights that lie interleaved
 GROUP_BYTES = GROUP * Q40_BYTES  # of a group of rows in one block of inputs
 ROW_BYTES = BLOCK + 8  # of a row of activations in one block: values, scale, offset
+TILE_ROWS = 16  # of every tile of a batch but the last one
 
 
 @register_jitable
@@ -109,10 +112,41 @@ def pack_weights_in_place(words: Any, n_blocks: int, spare: Any) -> None:
 
 @register_jitable
 def tile_rows(rows: int) -> int:
-    """Rows of a tile for a batch of so many rows."""
-    if rows == 1:
-        return 1
-    return 4 if rows <= 4 else 16
+    """Rows of the tile that comes next, where so many rows of a batch are left."""
+    if rows <= 1:
+        return rows
+    if rows <= 4:
+        return 4
+    return 8 if rows <= 8 else TILE_ROWS
+
+
+@register_jitable
+def padded_rows(rows: int) -> int:
+    """Rows of all tiles of a batch of so many rows."""
+    whole = rows // TILE_ROWS * TILE_ROWS
+    return whole + tile_rows(rows - whole)
+
+
+@register_jitable
+def activation_bytes(rows: int, n: int) -> int:
+    """Bytes of the activations of a batch of so many rows of n values."""
+    return padded_rows(rows) * (n // BLOCK) * ROW_BYTES
+
+
+@register_jitable
+def cell_of(row: int, rows: int, block: int, blocks: int) -> tuple[int, int, int]:
+    """One block of the tile that a row lies in: bytes before it, rows of the tile, the row's place.
+
+    Args:
+        row: of the batch.
+        rows: of the batch.
+        block: of inputs.
+        blocks: of inputs.
+    """
+    place = row % TILE_ROWS
+    first = row - place
+    t = tile_rows(rows - first)
+    return (first * blocks + block * t) * ROW_BYTES, t, place
 
 
 def pack_activations(values: npt.NDArray[np.int8], scales: F32, packed: U8) -> None:
@@ -124,36 +158,39 @@ def pack_activations(values: npt.NDArray[np.int8], scales: F32, packed: U8) -> N
         packed: uint8, at least the tiles of the batch; written.
     """
     rows, blocks = scales.shape
-    t = tile_rows(rows)
-    tiles = -(-rows // t)
-    filled = np.zeros((tiles * t, blocks, ROW_BYTES), np.uint8)
     by_block = values.reshape(rows, blocks, BLOCK)
-    filled[:rows, :, :BLOCK] = by_block.view(np.uint8)
-    filled[:rows, :, BLOCK : BLOCK + 4] = scales[:, :, None].astype("<f4").view(np.uint8)
     offsets = -8 * by_block.sum(axis=2, dtype=np.int32)
-    filled[:rows, :, BLOCK + 4 :] = offsets[:, :, None].astype("<i4").view(np.uint8)
-    cells = filled.reshape(tiles, t, blocks, ROW_BYTES).transpose(0, 2, 1, 3)
-    parts = np.split(cells, [BLOCK, BLOCK + 4], axis=3)  # each [tiles, blocks, t, bytes]
-    flat = np.concatenate(
-        [part.reshape(tiles, blocks, t * part.shape[3]) for part in parts], axis=2
-    )
-    packed[: flat.size] = flat.reshape(-1)
-
-
-@register_jitable
-def activation_bytes(rows: int, n: int) -> int:
-    """Bytes of the activations of a batch of so many rows of n values."""
-    t = tile_rows(rows)
-    return -(-rows // t) * t * (n // BLOCK) * ROW_BYTES
+    for first, t, cells in _tiles(packed, rows, blocks):
+        batch = slice(first, first + t)
+        fields = (
+            by_block[batch],
+            scales[batch, :, None].astype("<f4").view(np.int8),
+            offsets[batch, :, None].astype("<i4").view(np.int8),
+        )
+        at = 0
+        for field in fields:  # [rows, blocks, bytes]
+            count, _, size = field.shape
+            filled = np.zeros((blocks, t, size), np.int8)
+            filled[:, :count] = field.transpose(1, 0, 2)
+            cells[:, at : at + t * size] = filled.reshape(blocks, t * size).view(np.uint8)
+            at += t * size
 
 
 def unpack_activations(packed: U8, rows: int, n: int) -> F32:
     """A batch as numbers, [rows, n] float32; the inverse of `pack_activations`."""
-    t, blocks = tile_rows(rows), n // BLOCK
-    tiles = -(-rows // t)
-    cells = packed[: tiles * blocks * ROW_BYTES * t].reshape(tiles, blocks, ROW_BYTES * t)
-    values = cells[..., : BLOCK * t].view(np.int8).reshape(tiles, blocks, t, BLOCK)
-    scales = np.ascontiguousarray(cells[..., BLOCK * t : (BLOCK + 4) * t]).view("<f4")
-    numbers = values * scales[..., None]  # [tiles, blocks, t, 32] float32
-    by_row: F32 = numbers.transpose(0, 2, 1, 3).reshape(tiles * t, n)
+    blocks = n // BLOCK
+    by_row = np.empty((padded_rows(rows), n), np.float32)
+    for first, t, cells in _tiles(packed, rows, blocks):
+        values = cells[:, : BLOCK * t].view(np.int8).reshape(blocks, t, BLOCK)
+        scales = np.ascontiguousarray(cells[:, BLOCK * t : (BLOCK + 4) * t]).view("<f4")
+        numbers = values * scales[..., None]  # [blocks, t, 32] float32
+        by_row[first : first + t] = numbers.transpose(1, 0, 2).reshape(t, n)
     return by_row[:rows]
+
+
+def _tiles(packed: U8, rows: int, blocks: int) -> Iterator[tuple[int, int, U8]]:
+    """The tiles of a batch: the first row, how many, and memory, [blocks, bytes] uint8."""
+    for first in range(0, rows, TILE_ROWS):
+        t = tile_rows(rows - first)
+        start, size = first * blocks * ROW_BYTES, t * ROW_BYTES
+        yield first, t, packed[start : start + blocks * size].reshape(blocks, size)

@@ -1,7 +1,7 @@
 """The product with Q80 activations, written once; an instruction set says how to multiply bytes.
 
-A *tile* is the innermost loop: 16 rows of weights times 1, 4 or 16 rows of a batch, over all blocks
-of inputs. Its sums stay in registers. See `layout` for what lies where.
+A *tile* is the innermost loop: 16 rows of weights times 1 to 16 rows of a batch, over all blocks of
+inputs. Its sums stay in registers. See `layout` for what lies where.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
@@ -15,7 +15,7 @@ from numba import carray, float32, types
 from numba.extending import intrinsic
 
 from pyllama_kernels.jit import exact_kernel
-from pyllama_kernels.layout import GROUP, GROUP_BYTES, ROW_BYTES, tile_rows
+from pyllama_kernels.layout import GROUP, GROUP_BYTES, ROW_BYTES, TILE_ROWS, tile_rows
 from pyllama_kernels.lowlevel import address_of, float32_pointer, stack
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
@@ -27,8 +27,7 @@ _AHEAD, _WHERE = {"znver4": (1024, 2), "znver5": (4096, 0)}.get(
     binding.get_host_cpu_name(), (2048, 2)
 )
 _NEAR = 1 << 19  # bytes: half of the second-level cache of what is common today
-_MOST = 16  # rows of the largest tile
-_SUMS_BYTES = 4 * _MOST * GROUP
+_SUMS_BYTES = 4 * TILE_ROWS * GROUP
 
 
 @dataclass(frozen=True)
@@ -66,27 +65,29 @@ def _nibbles(isa: InstructionSet, asm: Asm, block: Value, v: int) -> list[Value]
 
 def make_matmul_q40(isa: InstructionSet) -> Any:
     """The kernel for an instruction set. Arguments: see `reference.matmul_q40`."""
-    tile_1, tile_4, tile_16 = (_make_tile(isa, rows) for rows in (1, 4, 16))
+    tile_1, tile_4, tile_8, tile_16 = (_make_tile(isa, rows) for rows in (1, 4, 8, 16))
 
     @exact_kernel  # the same sums, to the bit, with every instruction set
     def matmul(activations: Any, rows: int, weight: Any, bias: Any, out: Any) -> None:
         groups, blocks, _ = weight.shape
         m = out.shape[1]
-        t = tile_rows(rows)
-        tile_bytes = t * blocks * ROW_BYTES
         sums = stack(_SUMS_BYTES)
-        found = carray(float32_pointer(sums), (_MOST, GROUP))
-        # So many tiles stay in the second-level cache while all the weights pass by.
-        at_once = t * max(1, _NEAR // tile_bytes)
+        found = carray(float32_pointer(sums), (TILE_ROWS, GROUP))
+        row_bytes = blocks * ROW_BYTES
+        # So many rows stay in the second-level cache while all the weights pass by.
+        at_once = TILE_ROWS * max(1, _NEAR // (TILE_ROWS * max(1, row_bytes)))
         for first in range(0, rows, at_once):
             for group in range(groups):
                 w = address_of(weight) + group * blocks * GROUP_BYTES
-                for row in range(first, min(rows, first + at_once), t):
-                    x = address_of(activations) + row // t * tile_bytes
+                for row in range(first, min(rows, first + at_once), TILE_ROWS):
+                    x = address_of(activations) + row * row_bytes
+                    t = tile_rows(rows - row)
                     if t == 1:
                         tile_1(w, x, blocks, sums, 4 * GROUP)
                     elif t == 4:
                         tile_4(w, x, blocks, sums, 4 * GROUP)
+                    elif t == 8:
+                        tile_8(w, x, blocks, sums, 4 * GROUP)
                     else:
                         tile_16(w, x, blocks, sums, 4 * GROUP)
                     for i in range(min(t, rows - row)):

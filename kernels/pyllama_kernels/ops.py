@@ -13,7 +13,7 @@ from pyllama_kernels.dot import dot
 from pyllama_kernels.exponential import exp
 from pyllama_kernels.halves import half_to_float
 from pyllama_kernels.jit import exact_kernel, kernel
-from pyllama_kernels.layout import ROW_BYTES, tile_rows
+from pyllama_kernels.layout import cell_of
 from pyllama_kernels.lowlevel import (
     address_of,
     float32_pointer,
@@ -53,11 +53,11 @@ def layer_norm(x: Any, weight: Any, bias: Any, epsilon: float, out: Any) -> None
 def quantize(x: Any, first: int, last: int, activations: Any) -> None:
     """See `reference.quantize`; blocks `first` to before `last` only, row by row."""
     rows, n = x.shape
-    blocks, t = n // 32, tile_rows(rows)
+    blocks = n // 32
     for index in range(first, last):
         row, b = index // blocks, index % blocks
-        cell = address_of(activations) + (row // t * blocks + b) * ROW_BYTES * t
-        place = row % t
+        before, t, place = cell_of(row, rows, b, blocks)
+        cell = address_of(activations) + before
         half, total = round_block(x[row, 32 * b :], cell + 32 * place)
         carray(float32_pointer(cell + 32 * t), (t,))[place] = half_to_float(half)
         carray(int32_pointer(cell + 36 * t), (t,))[place] = -8 * total
@@ -86,14 +86,13 @@ def matmul_f32(x: Any, weight: Any, bias: Any, out: Any) -> None:
 def matmul_q80(activations: Any, rows: int, weight: Any, bias: Any, out: Any) -> None:
     """See `reference.matmul_q80`."""
     m, blocks, _ = weight.shape
-    t = tile_rows(rows)
     for j in range(m):
         start = bias[j] if bias.size else float32(0)
         for row in range(rows):
             total = float32(0)
             for b in range(blocks):
-                cell = activations[(row // t * blocks + b) * ROW_BYTES * t :]
-                place = row % t
+                before, t, place = cell_of(row, rows, b, blocks)
+                cell = activations[before:]
                 scale = carray(float32_pointer(address_of(cell) + 32 * t), (t,))[place]
                 block = weight[j, b]
                 products = int32(0)

@@ -15,7 +15,6 @@ from pyllama_kernels.layout import (
     ROW_BYTES,
     activation_bytes,
     packed_rows,
-    tile_rows,
 )
 from pyllama_kernels.lowlevel import LINE, prefetch
 from pyllama_kernels.optable import f32, i64, plan_at, u8
@@ -112,5 +111,4 @@ def bias(op: Any, a: int, z: int) -> Any:
 @kernel
 def activations(address: int, rows: int, n: int) -> Any:
     """The tiles of a batch, uint8: see `layout`."""
-    t = tile_rows(rows)
-    return u8(address, (rows + t - 1) // t * t * (n // BLOCK) * ROW_BYTES)
+    return u8(address, activation_bytes(rows, n))

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from pyllama_kernels.blocks import BLOCK, dequantize_q40, dequantize_q80, quantize_q80
 from pyllama_kernels.layout import (
     ROW_BYTES,
-    activation_bytes,
     pack_activations,
+    padded_rows,
     unpack_activations,
     unpack_weights,
 )
@@ -351,8 +351,7 @@ def make_plan(route: F32, active: int, plan: I64) -> None:
     plan[PAIRS], plan[LISTED] = len(found), len(listed)
     experts[: len(listed)] = listed
     firsts[: len(listed) + 1] = np.cumsum([0, *counts])
-    padded = [activation_bytes(count, BLOCK) // ROW_BYTES for count in counts]
-    tiles[: len(listed) + 1] = np.cumsum([0, *padded])
+    tiles[: len(listed) + 1] = np.cumsum([0, *map(padded_rows, counts)])
     rows[: len(found)] = [row for _, row in found]
     chosen[: len(route) * active] = pairs[: len(route) * active] = -1
     for row, those in enumerate(by_row):

@@ -20,11 +20,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pyllama_kernels.layout import GROUP, GROUP_BYTES, ROW_BYTES
+from pyllama_kernels.layout import BLOCK, GROUP, GROUP_BYTES, ROW_BYTES, TILE_ROWS
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, VOID, Asm, Value
 
-TILE = 1024  # bytes of a register
-TILE_ROWS = 16
+TILE = 1024  # bytes of a register, which has as many rows as a tile of a batch
 SIDE = 2 * TILE_ROWS  # rows of the batch, and rows of weights, that `multiply` takes
 
 _ROW = TILE // TILE_ROWS  # bytes
@@ -62,21 +61,22 @@ def release(typingctx):
 
 
 @intrinsic
-def activations_to_bf16(typingctx, tile, blocks, target):
-    """Blocks of a tile of 16 rows of a batch (see `layout`) to bf16.
+def activations_to_bf16(typingctx, tile, rows, blocks, target):
+    """Blocks of a tile of so many rows of a batch (see `layout`) to bf16.
 
     `target` is where the first block's register goes; the next one's goes two registers further.
     """
 
     def codegen(context, builder, signature, args):
         asm = Asm(builder)
-        x, n_blocks, to = (Value(asm, value) for value in args)
+        x, rows, n_blocks, to = (Value(asm, value) for value in args)
         with asm.loop(n_blocks) as block:
-            x_block = x.plus(block, TILE_ROWS * ROW_BYTES)
+            x_block = x + rows * block * asm.constant(I64, ROW_BYTES)
+            scales = x_block.plus(rows, BLOCK)
             to_block = to.plus(block, 2 * TILE)
-            with asm.loop(asm.constant(I64, TILE_ROWS)) as row:
-                values = asm.load(ir.VectorType(I8, 32), x_block.plus(row, 32))
-                scale = asm.splat(asm.load(F32, x_block.plus(row, 4), 32 * TILE_ROWS), 16)
+            with asm.loop(rows) as row:
+                values = asm.load(ir.VectorType(I8, BLOCK), x_block.plus(row, BLOCK))
+                scale = asm.splat(asm.load(F32, scales.plus(row, 4)), 16)
                 even, odd = (
                     values.part(*range(k, 32, 2)).widened(_WORDS, signed=True).as_floats() * scale
                     for k in range(2)
@@ -84,7 +84,7 @@ def activations_to_bf16(typingctx, tile, blocks, target):
                 asm.store(_pairs(asm, even, odd), to_block.plus(row, _ROW))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(*[types.int64] * 4), codegen
 
 
 @intrinsic
