@@ -10,6 +10,7 @@ from pyllama_dist.config import FloatType
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.program import (
     Add,
+    AllReduce,
     Attention,
     Batch,
     Buffer,
@@ -21,7 +22,6 @@ from pyllama_dist.program import (
     Gather,
     LayerNorm,
     Matmul,
-    Merge,
     Op,
     Pipe,
     Program,
@@ -32,10 +32,10 @@ from pyllama_dist.program import (
     Select,
     SiluMul,
     Store,
+    Sync,
     SyncKind,
     Weight,
     own_slot,
-    slots_used,
 )
 
 MAX_SEGMENTS, MAX_SYNCS, MAX_MEMORY = 4096, 4096, 8192
@@ -110,8 +110,15 @@ def check_program(program: Program) -> None:
             known = pipes.get(sync.pipe)
             if known is None:
                 raise ProtocolError(f"segment {segment.name} syncs {sync.pipe}, which is no pipe")
-            if sync.kind is not SyncKind.WITH_ROOT and len(known.widths) != program.n_nodes:
+            to_all = isinstance(sync, Sync) and sync.kind is SyncKind.WITH_ROOT
+            if not to_all and len(known.widths) != program.n_nodes:
                 raise ProtocolError(f"pipe {sync.pipe} has no slot for each node")
+            if isinstance(sync, AllReduce):
+                try:
+                    _require(segment is not program.segments[-1], "no segment takes the sum")
+                    checks.all_reduce(sync)
+                except ProtocolError as error:
+                    raise ProtocolError(f"segment {segment.name}, AllReduce: {error}") from None
 
 
 def check_batch(program: Program, batch: Batch) -> None:
@@ -255,8 +262,6 @@ class _OpCheck:
                 self.f32(op.gate)
                 self.same(op.gate, op.up)
                 self.same(op.gate, op.target)
-            case Merge():
-                self.merge(op)
             case Add():
                 self.f32(op.source)
                 self.same(op.source, op.target)
@@ -368,14 +373,13 @@ class _OpCheck:
         """It has a row for each row of the batch and expert chosen for it."""
         _require(self.find(name).rows == "experts", f"{name} has no rows for experts")
 
-    def merge(self, op: Merge) -> None:
-        """All slots are here and as wide as the target."""
-        pipe = self.find(op.source)
-        if not isinstance(pipe, Pipe):
-            raise ProtocolError(f"{op.source} is no pipe")
-        _require(set(pipe.widths) == {self.f32(op.target)}, "slots and target differ in width")
-        _require(len(slots_used(self.program, pipe)) == len(pipe.widths), "slots are not here")
-        self.same_rows(op.source, op.target)
+    def all_reduce(self, exchange: AllReduce) -> None:
+        """All slots are as wide as the target, which is a buffer."""
+        pipe = self.find(exchange.pipe)
+        _require(isinstance(self.find(exchange.target), Buffer), "the target must be a buffer")
+        widths = set(pipe.widths) if isinstance(pipe, Pipe) else set()
+        _require(widths == {self.f32(exchange.target)}, "slots and target differ in width")
+        self.same_rows(exchange.pipe, exchange.target)
 
     def find(self, name: str) -> Pipe | Buffer:
         """A pipe or buffer by its name."""

@@ -11,6 +11,7 @@ batch and one expert chosen for it, in the order of the experts.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -253,13 +254,6 @@ class SiluMul(_Part, frozen=True, tag="silu_mul"):
     target: Name
 
 
-class Merge(_Part, frozen=True, tag="merge"):
-    """target = the sum of a pipe's slots, added in the order of the nodes."""
-
-    source: Name
-    target: Name
-
-
 class Add(_Part, frozen=True, tag="add"):
     """target += source."""
 
@@ -289,7 +283,6 @@ Op = (
     | Dispatch
     | ExpertMatmul
     | Combine
-    | Merge
     | Add
     | Gather
 )
@@ -299,15 +292,25 @@ class SyncKind(StrEnum):
     """How a pipe is exchanged. The names are distributed-llama's."""
 
     WITH_ROOT = "with_root"  # the root's slot goes to every worker
-    NODE_SLICES = "node_slices"  # every node's slot goes to every other node
     NODE_SLICES_EXCEPT_ROOT = "node_slices_except_root"  # every worker's slot goes to the root
 
 
-class Sync(_Part, frozen=True):
+class Sync(_Part, frozen=True, tag="sync"):
     """One exchange of a pipe."""
 
     pipe: Name
     kind: SyncKind
+
+
+class AllReduce(_Part, frozen=True, tag="all_reduce"):
+    """target = on every node, the sum of all nodes' slots of a pipe, added in their order.
+
+    How it travels is chosen when the program runs; all nodes end with the same bits. The sum is
+    there when the next segment begins.
+    """
+
+    pipe: Name
+    target: Name
 
 
 class Segment(_Part, frozen=True):
@@ -315,7 +318,7 @@ class Segment(_Part, frozen=True):
 
     name: Name
     ops: tuple[Op, ...] = ()
-    syncs: tuple[Sync, ...] = ()
+    syncs: tuple[Sync | AllReduce, ...] = ()
 
 
 class Program(_Part, frozen=True):
@@ -350,6 +353,34 @@ class Batch(_Part, frozen=True):
     logits: tuple[Width, ...]  # places in the batch
 
 
+# The region of a pipe that holds the sum of its slots, where an `AllReduce` makes it to be sent.
+REDUCED = -1
+
+
+@dataclass(frozen=True)
+class Merge:
+    """target = the sum of a pipe's slots, or what its region `REDUCED` holds: see `ops_of_segment`.
+
+    Not a part of a program.
+    """
+
+    source: str
+    target: str
+
+
+def ops_of_segment(program: Program, segment: int) -> list[Op | Merge]:
+    """What a node runs for a segment: first the sums that the exchanges before it end with."""
+    before = program.segments[segment - 1].syncs if segment else ()
+    merges = [Merge(e.pipe, e.target) for e in before if isinstance(e, AllReduce)]
+    return [*merges, *program.segments[segment].ops]
+
+
+def all_reduces(program: Program) -> list[AllReduce]:
+    """All kinds of them, each once."""
+    exchanges = (exchange for segment in program.segments for exchange in segment.syncs)
+    return list(dict.fromkeys(e for e in exchanges if isinstance(e, AllReduce)))
+
+
 def own_slot(program: Program, pipe: Pipe) -> int:
     """The slot of a pipe that this node writes."""
     return program.node if len(pipe.widths) > 1 else 0
@@ -358,12 +389,15 @@ def own_slot(program: Program, pipe: Pipe) -> int:
 def slots_used(program: Program, pipe: Pipe) -> tuple[int, ...]:
     """The slots of a pipe that this node needs memory for.
 
-    Every slot, but for a pipe that only the root collects: there a worker has its own alone.
+    Every slot, but for a pipe that only the root collects: there a worker has its own alone. One
+    that is reduced has a region more, for the sum.
     """
-    kinds = {sync.kind for s in program.segments for sync in s.syncs if sync.pipe == pipe.name}
-    if program.node > 0 and kinds == {SyncKind.NODE_SLICES_EXCEPT_ROOT}:
+    syncs = {sync for s in program.segments for sync in s.syncs if sync.pipe == pipe.name}
+    if program.node > 0 and syncs == {Sync(pipe.name, SyncKind.NODE_SLICES_EXCEPT_ROOT)}:
         return (own_slot(program, pipe),)
-    return tuple(range(len(pipe.widths)))
+    slots = tuple(range(len(pipe.widths)))
+    reduced = any(isinstance(sync, AllReduce) for sync in syncs)
+    return (*slots, REDUCED) if reduced else slots
 
 
 def weights(program: Program) -> Iterator[Weight]:

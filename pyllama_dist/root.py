@@ -17,6 +17,7 @@ from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
+from pyllama_dist.net.collectives import AUTO
 from pyllama_dist.net.frames import MAX_RAW, checksum
 from pyllama_dist.net.messages import (
     PROTOCOL,
@@ -77,6 +78,7 @@ class Root:
         n_threads: int,
         cpu: int | None = None,
         timeout: float = 60.0,
+        collective: str = AUTO,
         dialer: Dialer | None = None,
         workers: Sequence[Address] = (),
         progress: Progress = lambda nbytes: None,
@@ -88,7 +90,8 @@ class Root:
             programs: one for each node, the root's first.
             n_threads: threads of this node.
             cpu: the CPU that its steps keep to; None: any.
-            timeout: seconds that an exchange may take.
+            timeout: seconds that each round of an exchange may take.
+            collective: how sums travel.
             dialer: how workers are reached; None if there are none.
             workers: their addresses, in order.
             progress: told the bytes of weights as they are placed, of all nodes together.
@@ -111,7 +114,7 @@ class Root:
                 if dialer is None:
                     raise TypeError("workers without a dialer")
                 self._meet(dialer, workers)
-                self._send_programs(programs, timeout)
+                self._send_programs(programs, timeout, collective)
             self._place_weights(programs, progress)
             self._phase = Phase.READY
         except LostError as lost:
@@ -122,7 +125,7 @@ class Root:
             self.close(error)
             raise
         program, pipes = programs[0], self._executor.memory.pipes
-        self.node = Node(program, self._executor, self._mesh, timeout)
+        self.node = Node(program, self._executor, self._mesh, timeout, collective)
         self._x = pipes["x"].f32(0, program.max_rows)
         self._slices = [pipes["logits"].f32(i, program.max_logits) for i in range(program.n_nodes)]
         self._logits = self._slices[0]
@@ -245,11 +248,11 @@ class Root:
         for channel in self._channels:
             self._expect(channel, Meshed, _TALK_SECONDS)
 
-    def _send_programs(self, programs: Sequence[Program], timeout: float) -> None:
+    def _send_programs(self, programs: Sequence[Program], timeout: float, collective: str) -> None:
         """NET."""
         self._phase = Phase.NET
         for channel, program in zip(self._channels, programs[1:], strict=True):
-            channel.send(Net(program, timeout))
+            channel.send(Net(program, collective, timeout))
         for channel, program in zip(self._channels, programs[1:], strict=True):
             allocated = self._expect(channel, Allocated, _LOAD_SECONDS)
             if allocated.nbytes != sum(weight.nbytes for weight in weights(program)):

@@ -16,6 +16,7 @@ from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.memory_use import resident_bytes
+from pyllama_dist.net.collectives import ALGORITHMS, AUTO
 from pyllama_dist.net.frames import check_raw
 from pyllama_dist.net.messages import (
     PROTOCOL,
@@ -82,7 +83,7 @@ class _Session:
             net = self.net(node, n_nodes)
             with make_executor(net.program, self.n_threads) as executor:
                 self.weights(executor)
-                self.steps(Node(net.program, executor, self.mesh, net.timeout))
+                self.steps(Node(net.program, executor, self.mesh, net.timeout, net.collective))
         except _RootSaidBye:
             log.info("the root said bye; listening again")
         except LostError as lost:
@@ -168,6 +169,8 @@ class _Session:
                 f"node {node} of {n_nodes} was sent the program of node {net.program.node} of "
                 f"{net.program.n_nodes}"
             )
+        if net.collective not in (AUTO, *ALGORITHMS):
+            raise ProtocolError(f"collective {net.collective!r} is unknown")
         check_program(net.program)
         needed, available = planned_bytes(net.program), psutil.virtual_memory().available
         if needed > available:

@@ -87,7 +87,7 @@ messages = st.one_of(
     st.builds(Peers, st.lists(texts, max_size=256).map(tuple), doors),
     st.builds(Link, sessions, nodes),
     st.just(Meshed()),
-    st.builds(Net, st.just(EMPTY), timeouts),
+    st.builds(Net, st.just(EMPTY), texts, timeouts),
     st.builds(Allocated, sizes),
     st.builds(WeightPart, st.integers(0, 1 << 24), sizes, st.integers(0, 2**32 - 1)),
     st.just(WeightsEnd()),
@@ -105,7 +105,7 @@ EXAMPLES = {
     Peers: Peers(("the root", "10.0.0.2:9990"), ((4000, ""),)),
     Link: Link(bytes(16), 255),
     Meshed: Meshed(),
-    Net: Net(EMPTY, 60.0),
+    Net: Net(EMPTY, "auto", 60.0),
     Allocated: Allocated(1 << 30),
     WeightPart: WeightPart(7, 1 << 20, 2**32 - 1),
     WeightsEnd: WeightsEnd(),
@@ -150,13 +150,13 @@ def test_what_is_encoded_is_decoded(message):
 
 def test_programs_travel(programs):
     for program in programs:
-        net = Net(program, 0.5)
+        net = Net(program, "auto", 0.5)
         assert decode(encode(net)) == net
 
 
 def test_the_least_and_the_most_are_understood():
     for message in (
-        Net(EMPTY, 86400.0),
+        Net(EMPTY, "auto", 86400.0),
         Error(Phase.BYE, "ŋ" * 4096),
         Peers(("",) * 256, ((1, ""),) * 256),
         Step(0, Batch((0,) * 65536, (1 << 24,) * 65536, ())),
@@ -220,7 +220,7 @@ def test_fields_out_of_bounds_are_refused(fields):
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, 86401.0, math.nan, math.inf, -math.inf, "1", None])
 def test_a_timeout_is_a_bounded_number(timeout):
-    plain = msgspec.to_builtins(Net(EMPTY, 1.0)) | {"timeout": timeout}
+    plain = msgspec.to_builtins(Net(EMPTY, "auto", 1.0)) | {"timeout": timeout}
     with pytest.raises(ProtocolError):
         decode(seal(msgpack.packb(plain)))
 
@@ -238,7 +238,7 @@ def test_numbers_that_are_none_do_not_pass_the_check_of_a_program(programs, fiel
             for segment in programs[0].segments
         ),
     )
-    net = decode(encode(Net(program, 1.0)))
+    net = decode(encode(Net(program, "auto", 1.0)))
     with pytest.raises(ProtocolError, match=field):
         check_program(net.program)
 
@@ -250,7 +250,7 @@ def test_numbers_that_are_none_do_not_pass_the_check_of_a_program(programs, fiel
                                      {"segments": [{"name": "s", "ops": [{"type": "jump"}]}]}],
                          ids=str)  # fmt: skip
 def test_fields_of_a_program_are_bounded(changes):
-    plain = msgspec.to_builtins(Net(EMPTY, 1.0))
+    plain = msgspec.to_builtins(Net(EMPTY, "auto", 1.0))
     plain["program"] |= changes
     with pytest.raises(ProtocolError, match="not a message"):
         decode(seal(msgpack.packb(plain)))
@@ -374,7 +374,7 @@ def test_damaged_frames_do_no_harm(message, data):
 @settings(max_examples=150)
 @given(st.data())
 def test_damaged_programs_do_no_harm(programs, data):
-    frame = bytearray(unseal(encode(Net(data.draw(st.sampled_from(programs)), 60.0))))
+    frame = bytearray(unseal(encode(Net(data.draw(st.sampled_from(programs)), "auto", 60.0))))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     found = decoded(bytes(frame))
@@ -422,11 +422,11 @@ def test_a_control_frame_of_a_version_without_checksums_is_told_so():
 @given(st.binary(min_size=1, max_size=200), st.binary(min_size=16, max_size=16), st.data())
 def test_a_data_frame_that_a_link_has_changed_is_refused(sent, after, data):
     """Bytes that are gone let those of the next frame move up."""
-    frame = exchange(7, 8, sent)
+    frame = exchange(7, 8, 1, sent)
     came = (changes(data, bytes(frame)) + after)[: len(frame)]
     assume(came != frame)
     with pytest.raises(ProtocolError):
-        check_frame(memoryview(came), len(frame), 7, 8)
+        check_frame(memoryview(came), len(frame), 7, 8, 1)
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())
@@ -442,40 +442,48 @@ def test_a_raw_frame_that_a_link_has_changed_is_refused(sent, data):
 # --- heads of exchanges
 
 uint32s = st.integers(0, 2**32 - 1)
+rounds = st.integers(0, 127)
 
 
-def exchange(step: int, sync: int, data: bytes) -> memoryview:
+def exchange(step: int, sync: int, number: int, data: bytes) -> memoryview:
     frame = memoryview(bytearray(HEAD) + bytearray(data))
-    write_head(frame, step, sync)
+    write_head(frame, step, sync, number)
     return frame
 
 
-@given(uint32s, uint32s, st.binary(max_size=100))
-def test_an_exchange_is_valid_msgpack(step, sync, data):
-    frame = exchange(step, sync, data)
-    assert msgpack.unpackb(frame) == [step, sync, binascii.crc32(data), data]
-    check_frame(frame, len(frame), step, sync)
+@given(uint32s, uint32s, rounds, st.binary(max_size=100))
+def test_an_exchange_is_valid_msgpack(step, sync, number, data):
+    frame = exchange(step, sync, number, data)
+    assert msgpack.unpackb(frame) == [step, sync, number, binascii.crc32(data), data]
+    check_frame(frame, len(frame), step, sync, number)
 
 
 @pytest.mark.parametrize("bit", range(8 * (HEAD + 4)))
 def test_a_flipped_bit_in_an_exchange_is_noticed(bit):
-    frame = exchange(0x01020304, 77, b"data")
+    frame = exchange(0x01020304, 77, 3, b"data")
     frame[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ProtocolError):
-        check_frame(frame, len(frame), 0x01020304, 77)
+        check_frame(frame, len(frame), 0x01020304, 77, 3)
 
 
-@given(uint32s, uint32s, uint32s, uint32s)
-def test_another_step_or_sync_is_named(step, sync, other_step, other_sync):
-    assume((step, sync) != (other_step, other_sync))
-    frame = exchange(other_step, other_sync, b"data")
-    complaint = f"expected step {step} sync {sync}, received step {other_step} sync {other_sync}"
+places = st.tuples(uint32s, uint32s, rounds)
+
+
+@given(places, places)
+def test_another_step_sync_or_round_is_named(place, other):
+    assume(place != other)
+    frame = exchange(*other, b"data")
+    (step, sync, number), (other_step, other_sync, other_number) = place, other
+    complaint = (
+        f"expected step {step} sync {sync} round {number}, "
+        f"received step {other_step} sync {other_sync} round {other_number}"
+    )
     with pytest.raises(ProtocolError, match=complaint):
-        check_frame(frame, len(frame), step, sync)
+        check_frame(frame, len(frame), *place)
 
 
-@pytest.mark.parametrize("received", [0, 20, 21, 24, 26, 1 << 20])
+@pytest.mark.parametrize("received", [0, 21, 22, 25, 27, 1 << 20])
 def test_an_exchange_of_another_length_is_refused(received):
-    frame = exchange(1, 2, b"data")
-    with pytest.raises(ProtocolError, match=f"{received} bytes instead of 25"):
-        check_frame(frame, received, 1, 2)
+    frame = exchange(1, 2, 0, b"data")
+    with pytest.raises(ProtocolError, match=f"{received} bytes instead of 26"):
+        check_frame(frame, received, 1, 2, 0)

@@ -86,9 +86,10 @@ OP = np.dtype(
 
 # The words of `step`, an int64 array: counts of rows (of the batch, with logits, of experts), the
 # addresses of the rows' facts, and of memory for attention: the chunks' results, and scratch of so
-# many bytes for each thread.
+# many bytes for each thread. At last the rows of a sum that are made to be sent.
 N_ROWS, N_LOGITS, N_PAIRS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(9)
-STEP_WORDS = 9
+N_REDUCED = 9
+STEP_WORDS = 10
 
 
 @kernel

@@ -13,7 +13,9 @@ from pyllama_dist.config import FloatType, Pairs, Scoring
 from pyllama_dist.executor.arena import arena
 from pyllama_dist.executor.memory import Memory, ops_of, parts_bytes, rope_kind
 from pyllama_dist.program import (
+    REDUCED,
     Add,
+    AllReduce,
     Attention,
     Batch,
     Combine,
@@ -34,6 +36,8 @@ from pyllama_dist.program import (
     Select,
     SiluMul,
     Store,
+    all_reduces,
+    ops_of_segment,
     own_slot,
 )
 from pyllama_kernels import oploop, optable, team
@@ -74,13 +78,18 @@ class CompiledExecutor:
         self._n_threads = n_threads
         rows, self._starts, self._addresses = _lower(program, self.memory)
         parts, scratch = _attention_bytes(program)
+        reduced = all_reduces(program)
         table, self._parts, self._scratch = arena(
-            [(len(rows), OP.itemsize), (parts,), (n_threads, scratch)]
+            [(len(rows) + 2 * len(reduced), OP.itemsize), (parts,), (n_threads, scratch)]
         )
         self._table = table.reshape(-1).view(OP)
-        for entry, row in zip(self._table, rows, strict=True):
+        for entry, row in zip(self._table, rows, strict=False):
             for field, value in row.items():
                 entry[field] = value
+        self._reductions = {
+            exchange: _Reduction(self.memory, exchange, self._table, len(rows) + 2 * i)
+            for i, exchange in enumerate(reduced)
+        }
         self._state = team.new_state(n_threads)
         self._step = np.zeros(optable.STEP_WORDS, np.int64)
         self._step[optable.SLOTS] = _address(self.memory.slots)
@@ -105,6 +114,8 @@ class CompiledExecutor:
         self._step[optable.N_ROWS] = self.memory.n_rows
         self._step[optable.N_LOGITS] = self.memory.n_logits
         self._step[optable.N_PAIRS] = self.memory.n_pairs
+        for exchange, reduction in self._reductions.items():
+            reduction.read(self.memory.reduced[exchange.pipe])
         self._stepping = True
         oploop.begin_step(self._state)
         for thread, enter in enumerate(self._enter, start=1):
@@ -115,6 +126,12 @@ class CompiledExecutor:
         """Runs the ops of one segment."""
         first, last = self._starts[segment], self._starts[segment + 1]
         oploop.run(self._table, first, last, self._step, self._state, 0, self._n_threads)
+
+    def reduce(self, exchange: AllReduce, first: int, last: int) -> None:
+        """Makes rows of a sum, in the pipe's region for it."""
+        start, stop = self._reductions[exchange].at(first)
+        self._step[optable.N_REDUCED] = last - first
+        oploop.run(self._table, start, stop, self._step, self._state, 0, self._n_threads)
 
     def end(self) -> None:
         """Ends the step: the team may leave."""
@@ -150,6 +167,52 @@ class CompiledExecutor:
             oploop.run(self._table, 0, 0, self._step, self._state, thread, self._n_threads)
 
 
+class _Reduction:
+    """The ops of an `AllReduce` in the table: those that take its sum, and those that make it.
+
+    The latter are a segment of their own, behind all others. Of Q80, rows are summed in the target,
+    and rounded into the pipe's region for the sum.
+    """
+
+    def __init__(
+        self, memory: Memory, exchange: AllReduce, table: npt.NDArray[Any], start: int
+    ) -> None:
+        """The two rows of the table from `start` on become those that make the sum."""
+        pipe, target = memory.pipes[exchange.pipe], memory.buffers[exchange.target]
+        f32, width = pipe.spec.float_type is FloatType.F32, target.shape[1]
+        code = Code.MERGE_F32 if f32 else Code.MERGE_Q80
+        self._n_slots, self._row_bytes = len(pipe.spec.widths), pipe.row_bytes(REDUCED)
+        self._slots = _address(pipe.payload(0, 1))
+        self._reduced = _address(pipe.payload(REDUCED, 1))
+        self._target, self._target_bytes = _address(target), 4 * width
+        self._table, self._start, self._stop = table, start, start + (1 if f32 else 2)
+        takes = (table["code"] == code) & (table["out"] == self._target)
+        self._takes = np.flatnonzero(takes & (table["a"] == self._slots))
+        makes = table[start : self._stop]
+        makes["code"] = code if f32 else (code, Code.PACK_Q80)
+        makes["rows"], makes["n"], makes["together"] = optable.N_REDUCED, width, 1
+        makes["parts"], makes["stride"] = self._n_slots, pipe.memory.shape[1]
+        self._is_read = False
+
+    def read(self, reduced: bool) -> None:
+        """From now on, the sum is ready in its region, or has to be made of all slots."""
+        if reduced != self._is_read:
+            self._table["a"][self._takes] = self._reduced if reduced else self._slots
+            self._table["parts"][self._takes] = 1 if reduced else self._n_slots
+            self._is_read = reduced
+
+    def at(self, first: int) -> tuple[int, int]:
+        """The ops that make the sum from a row on: the first one, and that after the last."""
+        slots, reduced = (at + first * self._row_bytes for at in (self._slots, self._reduced))
+        target = self._target + first * self._target_bytes
+        places = [(slots, target), (target, reduced)]
+        if self._stop == self._start + 1:
+            places = [(slots, reduced)]
+        for op, (a, out) in enumerate(places, start=self._start):
+            self._table["a"][op], self._table["out"][op] = a, out
+        return self._start, self._stop
+
+
 def _address(array: npt.NDArray[Any]) -> int:
     return array.ctypes.data
 
@@ -164,8 +227,9 @@ def _lower(
     lowering = _Lowering(program, memory)
     rows: list[dict[str, float]] = []
     starts = [0]
-    for segment in program.segments:
-        lowered = [row for op in segment.ops for row in lowering.rows(op)]
+    for segment in range(len(program.segments)):
+        ops = ops_of_segment(program, segment)
+        lowered = [row for op in ops for row in lowering.rows(op)]
         for _, some in groupby(lowered, key=_input_of_products):
             products = list(some)
             # Opened by itself, since those before it had nothing to do, one takes those after it.
@@ -246,7 +310,7 @@ class _Lowering:
         self.addresses: list[npt.NDArray[np.int64]] = []  # of the experts of one op each
         self.plan = 0  # address of the latest route's plan
 
-    def rows(self, op: Op) -> list[dict[str, float]]:
+    def rows(self, op: Op | Merge) -> list[dict[str, float]]:
         """The rows of one op, usually one. Weights are taken in the order of the ops."""
         m, p = self.memory, self.program
         match op:
@@ -340,8 +404,8 @@ class _Lowering:
                 f32 = pipe.spec.float_type is FloatType.F32
                 code = Code.MERGE_F32 if f32 else Code.MERGE_Q80
                 row = self.row(code, op.target, n=self.width(op.target))
-                row |= {"a": _address(pipe.payload(pipe.held[0], 1))}
-                return [row | {"parts": len(pipe.held), "stride": pipe.memory.shape[1]}]
+                row |= {"a": _address(pipe.payload(0, 1)), "parts": len(pipe.spec.widths)}
+                return [row | {"stride": pipe.memory.shape[1]}]
             case Add():
                 fields = {"a": self.at(op.source), "n": self.width(op.source)}
                 return [self.row(Code.ADD, op.target, **fields)]

@@ -1,5 +1,6 @@
 """The plain executor: op after op, with the NumPy twins. The one to step through."""
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from pyllama_dist.config import FloatType, Pairs, Scoring
 from pyllama_dist.executor.arena import U8
-from pyllama_dist.executor.memory import F32, I64, Memory, rope_kind
+from pyllama_dist.executor.memory import F32, I64, Memory, PipeMemory, rope_kind
 from pyllama_dist.program import (
+    REDUCED,
     Add,
+    AllReduce,
     Attention,
     Batch,
     Combine,
@@ -30,6 +33,7 @@ from pyllama_dist.program import (
     SiluMul,
     Store,
     Weight,
+    ops_of_segment,
     own_slot,
     weights,
 )
@@ -58,8 +62,19 @@ class ReferenceExecutor:
 
     def run(self, segment: int) -> None:
         """Runs the ops of one segment."""
-        for op in self.program.segments[segment].ops:
+        for op in ops_of_segment(self.program, segment):
             self.run_op(op)
+
+    def reduce(self, exchange: AllReduce, first: int, last: int) -> None:
+        """Makes rows of a sum, in the pipe's region for it."""
+        pipe = self.memory.pipes[exchange.pipe]
+        rows = self._f32(exchange.target)[first:last]
+        self._sum(pipe, range(len(pipe.spec.widths)), first, rows)
+        sent = pipe.payload(REDUCED, last)[first:]
+        if pipe.spec.float_type is FloatType.F32:
+            sent.view(np.float32)[:] = rows
+        else:
+            kernels.pack_q80(rows.reshape(-1, 32), sent.reshape(-1, 34))
 
     def end(self) -> None:
         """Ends the step."""
@@ -78,7 +93,7 @@ class ReferenceExecutor:
     ) -> None:
         self.close()
 
-    def run_op(self, op: Op) -> None:
+    def run_op(self, op: Op | Merge) -> None:
         """Runs one op on the rows of the batch."""
         m = self.memory
         slots, positions = m.slots[: m.n_rows], m.positions[: m.n_rows]
@@ -208,8 +223,14 @@ class ReferenceExecutor:
 
     def _merge(self, op: Merge) -> None:
         pipe = self.memory.pipes[op.source]
-        parts = np.stack([pipe.payload(slot, self._count(op.source)) for slot in pipe.held])
-        out = self._f32(op.target)
+        ready = self.memory.reduced[op.source]
+        slots = [REDUCED] if ready else range(len(pipe.spec.widths))
+        self._sum(pipe, slots, 0, self._f32(op.target))
+
+    @staticmethod
+    def _sum(pipe: PipeMemory, slots: Iterable[int], first: int, out: F32) -> None:
+        """The sum of some slots, from a row on: [rows, width]."""
+        parts = np.stack([pipe.payload(slot, first + len(out))[first:] for slot in slots])
         if pipe.spec.float_type is FloatType.F32:
             kernels.merge_f32(parts.view(np.float32).reshape(len(parts), -1), out.reshape(-1))
         else:

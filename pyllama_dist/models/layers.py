@@ -6,6 +6,7 @@ from pyllama_dist.config import Experts, FloatType, Indexer, Latent, ModelConfig
 from pyllama_dist.models.plan import Plan
 from pyllama_dist.program import (
     Add,
+    AllReduce,
     Attention,
     Buffer,
     Cache,
@@ -17,7 +18,6 @@ from pyllama_dist.program import (
     Gather,
     LayerNorm,
     Matmul,
-    Merge,
     Op,
     Pipe,
     Program,
@@ -36,7 +36,7 @@ from pyllama_dist.program import (
     Weight,
 )
 
-Step = Op | Sync
+Step = Op | Sync | AllReduce
 
 
 class Layers:
@@ -202,10 +202,9 @@ class Layers:
         yield from self._send()
 
     def all_reduce(self) -> Iterator[Step]:
-        """partials -> sum: every node sends its partial sums to all, and adds up all of them."""
+        """partials -> sum: on every node, the sum of the parts of all."""
         if not self.alone:
-            yield Sync("partials", SyncKind.NODE_SLICES)
-            yield Merge("partials", "sum")
+            yield AllReduce("partials", "sum")
 
     def head(self) -> Iterator[Step]:
         """x -> logits, of the rows that need them; the root collects the nodes' parts."""
@@ -422,7 +421,7 @@ def _segments(steps: Iterable[Step], *, alone: bool) -> Iterator[Segment]:
     ops: list[Op] = []
     for step in steps:
         match step:
-            case Sync():
+            case Sync() | AllReduce():
                 if not alone:
                     yield Segment(_name(ops), tuple(ops), (step,))
                     ops = []

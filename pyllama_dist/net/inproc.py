@@ -191,21 +191,17 @@ class InprocMesh:
                 raise ProtocolError(f"a stranger spoke for {names[peer]}")
 
     def exchange(
-        self,
-        to: Sequence[int],
-        frame: memoryview,
-        frames: Mapping[int, memoryview],
-        timeout: float,
+        self, sends: Mapping[int, memoryview], receives: Mapping[int, memoryview], timeout: float
     ) -> list[tuple[int, int]]:
         """See `Mesh`."""
-        for node in to:
+        for node, frame in sends.items():
             self._peers[node]._inbox.put(self._node, (bytes(frame),))
         deadline = time.monotonic() + timeout
-        pending, found = set(frames), []
+        pending, found = set(receives), []
         while pending:
             node, (data,) = self._next(pending, deadline, timeout)
             pending.discard(node)
-            frames[node][: len(data)] = data[: len(frames[node])]
+            receives[node][: len(data)] = data[: len(receives[node])]
             found.append((node, len(data)))
         return found
 

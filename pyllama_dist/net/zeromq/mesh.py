@@ -112,23 +112,19 @@ class ZmqMesh:
                 self._send(other, link, deadline)
 
     def exchange(
-        self,
-        to: Sequence[int],
-        frame: memoryview,
-        frames: Mapping[int, memoryview],
-        timeout: float,
+        self, sends: Mapping[int, memoryview], receives: Mapping[int, memoryview], timeout: float
     ) -> list[tuple[int, int]]:
         """See `Mesh`."""
         deadline = time.monotonic() + timeout
-        leaving = [(node, self._send(node, frame, deadline)) for node in to]
-        if to:
+        leaving = [(node, self._send(node, frame, deadline)) for node, frame in sends.items()]
+        if sends:
             yield_core()  # to ZeroMQ's thread, or it might send only when this one has to wait
         deadline = time.monotonic() + timeout
-        found = self._look(frames)
-        late = [node for node in frames if node not in found]
+        found = self._look(receives)
+        late = [node for node in receives if node not in found]
         while late:
             try:
-                found[late[0]] = self._peers[late[0]].socket.recv_into(frames[late[0]])
+                found[late[0]] = self._peers[late[0]].socket.recv_into(receives[late[0]])
                 del late[0]
             except zmq.Again:
                 self.check()
