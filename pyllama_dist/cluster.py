@@ -19,6 +19,7 @@ from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.net.collectives import AUTO
 from pyllama_dist.net.transport import Address, Dialer
 from pyllama_dist.partition import max_nodes
 from pyllama_dist.program import Program, weights
@@ -55,6 +56,7 @@ class Cluster:
     cache: FloatType | None = None  # of keys and values; None: what suits the model
     max_seq_len: int | None = None
     timeout: float = 60.0
+    collective: str = AUTO
     notice: Callable[[str], None] = field(default=lambda text: None)
 
     @property
@@ -163,6 +165,7 @@ def open_root(
                 n_threads=n_threads,
                 cpu=own,
                 timeout=cluster.timeout,
+                collective=cluster.collective,
                 dialer=dialer,
                 # Lower nodes connect to higher ones: those on this machine reach the others.
                 workers=sorted((*local, *cluster.workers), key=lambda a: not a.is_loopback),

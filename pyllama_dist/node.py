@@ -1,15 +1,13 @@
 """A node: a program, the executor that runs it, and the connections to the other nodes."""
 
-import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.executor import Executor
-from pyllama_dist.net.collectives import Exchange
+from pyllama_dist.net.collectives import AUTO, Exchange, plan
 from pyllama_dist.net.transport import LostError, Mesh
-from pyllama_dist.program import Batch, Program, Rows
+from pyllama_dist.program import AllReduce, Batch, Program, Rows, Sync
 
 
 @dataclass
@@ -32,7 +30,12 @@ class Node:
     """Runs steps: segment, exchange, segment, exchange. Root and workers alike."""
 
     def __init__(
-        self, program: Program, executor: Executor, mesh: Mesh | None, timeout: float
+        self,
+        program: Program,
+        executor: Executor,
+        mesh: Mesh | None,
+        timeout: float,
+        collective: str = AUTO,
     ) -> None:
         """A node.
 
@@ -40,15 +43,16 @@ class Node:
             program: its program.
             executor: made for that program.
             mesh: connections to all other nodes; None if there are none.
-            timeout: seconds that an exchange may take.
+            timeout: seconds that each round of an exchange may take.
+            collective: how sums travel, see `net.collectives`; the same for all nodes.
         """
         self.program, self.executor, self.mesh = program, executor, mesh
         self.timeout = timeout
         self.spent = Spent()
-        self._segments = [
-            (segment.name, exchanges)
-            for segment, exchanges in zip(program.segments, self._exchanges(), strict=True)
-        ]
+        self._collective = collective
+        self._pipes = {pipe.name: pipe for pipe in program.pipes}
+        kinds = dict.fromkeys(sync for segment in program.segments for sync in segment.syncs)
+        self._exchanges = {kind: self._exchange(kind) for kind in kinds}
 
     def step(self, number: int, batch: Batch) -> None:
         """Runs the program on a batch; the batch must have been checked.
@@ -58,44 +62,49 @@ class Node:
             ProtocolError: a peer is at another step.
         """
         rows: dict[Rows, int] = {"batch": len(batch.seqs), "logits": len(batch.logits)}
-        spent = self.spent
+        spent, sync = self.spent, 0
+        for kind, exchange in self._exchanges.items():
+            if isinstance(kind, AllReduce):
+                ready = exchange.reads_reduced(rows[self._pipes[kind.pipe].rows])
+                self.executor.memory.reduced[kind.pipe] = ready
         try:
             self.executor.begin(batch)
-            for i, (name, exchanges) in enumerate(self._segments):
+            for i, segment in enumerate(self.program.segments):
                 started = time.perf_counter()
                 self.executor.run(i)
                 computed = time.perf_counter()
                 spent.compute_seconds += computed - started
-                if not exchanges:
+                if not segment.syncs:
                     continue
                 try:
-                    for kind, exchange in exchanges:
-                        spent.bytes_moved += exchange.run(rows[kind], number, self.timeout)
+                    for kind in segment.syncs:
+                        spent.bytes_moved += self._exchanges[kind].run(
+                            rows[self._pipes[kind.pipe].rows], number, sync, self.timeout
+                        )
+                        sync += 1
                 except LostError as lost:
-                    where = f"step {number}, after {name}"
+                    where = f"step {number}, after {segment.name}"
                     raise LostError(f"{lost.detail} ({where})", lost.culprit) from None
                 except ProtocolError as error:
-                    raise ProtocolError(f"{error} (after {name})") from None
+                    raise ProtocolError(f"{error} (after {segment.name})") from None
                 spent.sync_seconds += time.perf_counter() - computed
         finally:
             self.executor.end()
 
-    def _exchanges(self) -> Iterator[list[tuple[Rows, Exchange]]]:
-        """The exchanges after each segment, and of which rows they are."""
-        kinds = {pipe.name: pipe.rows for pipe in self.program.pipes}
-        places = itertools.count()
-        for segment in self.program.segments:
-            exchanges = []
-            for sync in segment.syncs:
-                if self.mesh is None:
-                    raise NodeError("a program for several nodes, and no connections")
-                exchange = Exchange(
-                    self.mesh,
-                    sync.kind,
-                    self.executor.memory.pipes[sync.pipe],
-                    node=self.program.node,
-                    n_nodes=self.program.n_nodes,
-                    sync=next(places),
-                )
-                exchanges.append((kinds[sync.pipe], exchange))
-            yield exchanges
+    def _exchange(self, kind: Sync | AllReduce) -> Exchange:
+        """What carries out all exchanges of a kind."""
+        if self.mesh is None:
+            raise NodeError("a program for several nodes, and no connections")
+        node, pipe = self.program.node, self._pipes[kind.pipe]
+        return Exchange(
+            self.mesh,
+            self.executor.memory.pipes[kind.pipe],
+            lambda rows: plan(kind, pipe, self._collective, self.program, rows),
+            lambda first, last: self._reduce(kind, first, last),
+            node=node,
+        )
+
+    def _reduce(self, kind: Sync | AllReduce, first: int, last: int) -> None:
+        """Rows of a sum, in the midst of an exchange; the time counts as its."""
+        if isinstance(kind, AllReduce):
+            self.executor.reduce(kind, first, last)

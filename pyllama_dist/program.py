@@ -146,19 +146,37 @@ class Op:
         raise NotImplementedError
 
 
+# The region of a pipe that holds the sum of its slots, where an `AllReduce` makes it to be sent.
+REDUCED = -1
+
+
 class SyncKind(StrEnum):
     """How a pipe is exchanged. The names are distributed-llama's."""
 
     WITH_ROOT = "with_root"  # the root's slot goes to every worker
-    NODE_SLICES = "node_slices"  # every node's slot goes to every other node
     NODE_SLICES_EXCEPT_ROOT = "node_slices_except_root"  # every worker's slot goes to the root
 
 
-class Sync(Part, frozen=True):
+class Sync(Part, frozen=True, tag="sync"):
     """One exchange of a pipe."""
 
     pipe: Name
     kind: SyncKind
+
+
+class AllReduce(Part, frozen=True, tag="all_reduce"):
+    """target = on every node, the sum of all nodes' slots of a pipe, added in their order.
+
+    How it travels is chosen when the program runs; all nodes end with the same bits. The sum is
+    there when the next segment begins.
+    """
+
+    pipe: Name
+    target: Name
+
+    def outputs(self, shapes: "Shapes") -> "Iterable[Buffer]":
+        """See `Op`."""
+        yield shapes.like(self.target, self.pipe)
 
 
 class Segment(Part, frozen=True):
@@ -166,7 +184,7 @@ class Segment(Part, frozen=True):
 
     name: Name
     ops: tuple[Op, ...] = ()
-    syncs: tuple[Sync, ...] = ()
+    syncs: tuple[Sync | AllReduce, ...] = ()
 
 
 class Program(Part, frozen=True):
@@ -223,8 +241,8 @@ class Shapes:
         self._node = node
         self._memory: dict[str, Pipe | Buffer] = {pipe.name: pipe for pipe in pipes}
 
-    def add(self, op: Op) -> None:
-        """Adds what an op writes; what was written before stays as it is."""
+    def add(self, op: Op | AllReduce) -> None:
+        """Adds what an op or a sum writes; what was written before stays as it is."""
         for buffer in op.outputs(self):
             self._memory.setdefault(buffer.name, buffer)
 
@@ -250,6 +268,12 @@ class Shapes:
         return tuple(part for part in self._memory.values() if isinstance(part, Buffer))
 
 
+def all_reduces(program: Program) -> list[AllReduce]:
+    """All kinds of them, each once."""
+    exchanges = (exchange for segment in program.segments for exchange in segment.syncs)
+    return list(dict.fromkeys(e for e in exchanges if isinstance(e, AllReduce)))
+
+
 def own_slot(program: Program, pipe: Pipe) -> int:
     """The slot of a pipe that this node writes."""
     return program.node if len(pipe.widths) > 1 else 0
@@ -258,12 +282,15 @@ def own_slot(program: Program, pipe: Pipe) -> int:
 def slots_used(program: Program, pipe: Pipe) -> tuple[int, ...]:
     """The slots of a pipe that this node needs memory for.
 
-    Every slot, but for a pipe that only the root collects: there a worker has its own alone.
+    Every slot, but for a pipe that only the root collects: there a worker has its own alone. One
+    that is reduced has a region more, for the sum.
     """
-    kinds = {sync.kind for s in program.segments for sync in s.syncs if sync.pipe == pipe.name}
-    if program.node > 0 and kinds == {SyncKind.NODE_SLICES_EXCEPT_ROOT}:
+    syncs = {sync for s in program.segments for sync in s.syncs if sync.pipe == pipe.name}
+    if program.node > 0 and syncs == {Sync(pipe.name, SyncKind.NODE_SLICES_EXCEPT_ROOT)}:
         return (own_slot(program, pipe),)
-    return tuple(range(len(pipe.widths)))
+    slots = tuple(range(len(pipe.widths)))
+    reduced = any(isinstance(sync, AllReduce) for sync in syncs)
+    return (*slots, REDUCED) if reduced else slots
 
 
 def weights(program: Program) -> Iterator[Weight]:

@@ -18,7 +18,8 @@ from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
 from pyllama_dist.executor.memory import own_blocks
-from pyllama_dist.net.frames import MAX_RAW
+from pyllama_dist.net.collectives import AUTO
+from pyllama_dist.net.frames import MAX_RAW, checksum
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
@@ -79,6 +80,7 @@ class Root:
         n_threads: int,
         cpu: int | None = None,
         timeout: float = 60.0,
+        collective: str = AUTO,
         dialer: Dialer | None = None,
         workers: Sequence[Address] = (),
         progress: Progress = lambda nbytes: None,
@@ -90,7 +92,8 @@ class Root:
             programs: one for each node, the root's first.
             n_threads: threads of this node.
             cpu: the CPU that its steps keep to; None: any.
-            timeout: seconds that an exchange may take.
+            timeout: seconds that each round of an exchange may take.
+            collective: how sums travel.
             dialer: how workers are reached; None if there are none.
             workers: their addresses, in order.
             progress: told the bytes of weights as they are placed, of all nodes together.
@@ -113,7 +116,7 @@ class Root:
                 if dialer is None:
                     raise TypeError("workers without a dialer")
                 self._meet(dialer, workers)
-                self._send_programs(programs, timeout)
+                self._send_programs(programs, timeout, collective)
             self._place_weights(programs, progress)
             self._phase = Phase.READY
         except LostError as lost:
@@ -124,7 +127,7 @@ class Root:
             self.close(error)
             raise
         program, pipes = programs[0], self._executor.memory.pipes
-        self.node = Node(program, self._executor, self._mesh, timeout)
+        self.node = Node(program, self._executor, self._mesh, timeout, collective)
         self._x = pipes["x"].f32(0, program.max_rows)
         self._slices = [pipes["logits"].f32(i, program.max_logits) for i in range(program.n_nodes)]
         self._logits = self._slices[0]
@@ -250,11 +253,11 @@ class Root:
         for channel in self._channels:
             self._expect(channel, Meshed, _TALK_SECONDS)
 
-    def _send_programs(self, programs: Sequence[Program], timeout: float) -> None:
+    def _send_programs(self, programs: Sequence[Program], timeout: float, collective: str) -> None:
         """NET."""
         self._phase = Phase.NET
         for channel, program in zip(self._channels, programs[1:], strict=True):
-            channel.send(Net(program, timeout))
+            channel.send(Net(program, collective, timeout))
         for channel, program in zip(self._channels, programs[1:], strict=True):
             allocated = self._expect(channel, Allocated, _LOAD_SECONDS)
             if allocated.nbytes != sum(weight.nbytes for weight in weights(program)):
@@ -271,7 +274,8 @@ class Root:
                         own = self._executor.memory.weights[index]
                         own[offset : offset + data.size] = data
                     else:
-                        self._channels[node - 1].send(WeightPart(index, offset), data.data)
+                        part = WeightPart(index, offset, checksum(data.data))
+                        self._channels[node - 1].send(part, data.data)
                     progress(data.size)
             self._executor.memory.settle(index)
             if index % 32 == 0:

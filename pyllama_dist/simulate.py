@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from pyllama_dist.net.collectives import AUTO
 from pyllama_dist.net.inproc import Hub, InprocListener
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.program import Program
@@ -16,7 +17,11 @@ from pyllama_dist.worker import serve
 
 @contextmanager
 def simulated_root(
-    source: WeightSource, programs: Sequence[Program], n_threads: int = 1, timeout: float = 10.0
+    source: WeightSource,
+    programs: Sequence[Program],
+    n_threads: int = 1,
+    timeout: float = 10.0,
+    collective: str = AUTO,
 ) -> Iterator[Root]:
     """A root with a worker thread for each further program; all end with the context.
 
@@ -24,7 +29,8 @@ def simulated_root(
         source: the model file.
         programs: one for each node, the root's first.
         n_threads: threads of each node.
-        timeout: seconds that an exchange may take.
+        timeout: seconds that each round of an exchange may take.
+        collective: how sums travel.
     """
     hub = Hub()
     doors = [hub.listen() for _ in programs[1:]]
@@ -40,6 +46,7 @@ def simulated_root(
             programs,
             n_threads=n_threads,
             timeout=timeout,
+            collective=collective,
             dialer=hub,
             workers=[Address("inproc", door.port) for door in doors],
         ) as root:

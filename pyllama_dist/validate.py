@@ -12,11 +12,13 @@ import numpy.typing as npt
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.program import (
+    AllReduce,
     Batch,
     Buffer,
     Cache,
     Pipe,
     Program,
+    Sync,
     SyncKind,
     Weight,
     ops,
@@ -100,8 +102,15 @@ def check_program(program: Program) -> None:
             known = pipes.get(sync.pipe)
             if known is None:
                 raise ProtocolError(f"segment {segment.name} syncs {sync.pipe}, which is no pipe")
-            if sync.kind is not SyncKind.WITH_ROOT and len(known.widths) != program.n_nodes:
+            to_all = isinstance(sync, Sync) and sync.kind is SyncKind.WITH_ROOT
+            if not to_all and len(known.widths) != program.n_nodes:
                 raise ProtocolError(f"pipe {sync.pipe} has no slot for each node")
+            if isinstance(sync, AllReduce):
+                try:
+                    require(segment is not program.segments[-1], "no segment takes the sum")
+                    check.all_reduce(sync)
+                except ProtocolError as error:
+                    raise ProtocolError(f"segment {segment.name}, AllReduce: {error}") from None
 
 
 def check_batch(program: Program, batch: Batch, table: I64) -> None:
@@ -194,6 +203,14 @@ class Check:
         self.memory |= {buffer.name: buffer for buffer in program.buffers}
         self.caches: dict[str, Cache] = {cache.name: cache for cache in program.caches}
         self.written_routes: set[str] = set()  # by the ops before
+
+    def all_reduce(self, exchange: AllReduce) -> None:
+        """All slots are as wide as the target, which is a buffer."""
+        pipe = self.pipe(exchange.pipe)
+        require(isinstance(self.find(exchange.target), Buffer), "the target must be a buffer")
+        widths = set(pipe.widths)
+        require(widths == {self.f32(exchange.target)}, "slots and target differ in width")
+        self.same_rows(exchange.pipe, exchange.target)
 
     def find(self, name: str) -> Pipe | Buffer:
         """A pipe or buffer by its name."""

@@ -16,6 +16,8 @@ from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.memory_use import resident_bytes
+from pyllama_dist.net.collectives import ALGORITHMS, AUTO
+from pyllama_dist.net.frames import check_raw
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
@@ -82,7 +84,7 @@ class _Session:
             net = self.net(node, n_nodes)
             with make_executor(net.program, self.n_threads) as executor:
                 self.weights(executor)
-                self.steps(Node(net.program, executor, self.mesh, net.timeout))
+                self.steps(Node(net.program, executor, self.mesh, net.timeout, net.collective))
         except _RootSaidBye:
             log.info("the root said bye; listening again")
         except LostError as lost:
@@ -168,6 +170,8 @@ class _Session:
                 f"node {node} of {n_nodes} was sent the program of node {net.program.node} of "
                 f"{net.program.n_nodes}"
             )
+        if net.collective not in (AUTO, *ALGORITHMS):
+            raise ProtocolError(f"collective {net.collective!r} is unknown")
         check_program(net.program)
         needed, available = planned_bytes(net.program), psutil.virtual_memory().available
         if needed > available:
@@ -205,6 +209,7 @@ class _Session:
         end = part.offset + len(raw)
         if not raw:
             raise ProtocolError(f"weight {part.index} came without its bytes")
+        check_raw(raw, part.checksum)
         if part.offset != filled[part.index] or end > held[part.index].size:
             raise ProtocolError(
                 f"weight {part.index}: bytes {part.offset} to {end} after {filled[part.index]} of "

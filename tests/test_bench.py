@@ -25,6 +25,7 @@ from pyllama_dist.cli import main
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
+from pyllama_dist.net.collectives import ALGORITHMS
 from pyllama_dist.net.messages import Usage
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.net.zeromq import ZmqListener
@@ -298,7 +299,7 @@ def found():
     return report.Report(
         date="2026-01-02T03:04:05+00:00",
         model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
-        setting=report.Setting("portable", 2, 2, 1, "q80", 20, 32),
+        setting=report.Setting("portable", 2, 2, 1, "q80", "auto", 20, 32),
         results=[
             Result(
                 test, runs, [8e9, 12e9, 18e9], [Spent(2.0, 1.0, 10_000), Spent(1.0, 2.0, 10_000)]
@@ -306,7 +307,11 @@ def found():
             for test in (Trial("pp", 10), Trial("tg", 10, 5))
         ],
         traffic={
-            Trial("pp", 10): [Traffic(5000, 2000), Traffic(1000, 3000), Traffic(1000, 3000)],
+            Trial("pp", 10): [
+                Traffic(5000, 2000, 40),
+                Traffic(1000, 3000, 20),
+                Traffic(1000, 3000, 20),
+            ],
             Trial("tg", 10, 5): [Traffic(50, 20), Traffic(10, 25), Traffic(10, 25)],
         },
         bytes_here=1_125_000_000,
@@ -325,6 +330,7 @@ def test_figures_are_those_worked_out_by_hand(found):
     assert pp.sync_ms_per_token == pytest.approx([50, 100])
     assert pp.kb_sent_per_token == pytest.approx([0.5, 0.1, 0.1])
     assert pp.kb_received_per_token == pytest.approx([0.2, 0.3, 0.3])
+    assert pp.messages_per_token == pytest.approx([4, 2, 2])
     assert pp.gb_per_second is pp.memory_share is None
     assert tg.gb_per_second == pytest.approx(8.4375)
     # 11.25 of 8 to 12 and 5.625 of 12 to 18 GB/s.
@@ -338,6 +344,7 @@ def test_the_table_has_the_figures_in_its_columns(found):
     assert {len(row) for row in rows} == {len(rows[0])}
     pp, tg = (dict(zip(rows[0], row, strict=True)) for row in rows[2:])
     assert (pp["kB sent"], pp["kB received"]) == ("0.5, 2 × 0.1", "0.2, 2 × 0.3")
+    assert pp["messages"] == "4.0, 2 × 2.0"
     assert tg["test"] == "tg10 @ d5"
     assert tg["t/s"] == "7.50 ± 3.54"
     assert (tg["GB/s"], tg["% of memory"]) == ("8.44", "75")
@@ -440,20 +447,22 @@ class OneRoot(ZmqListener):
         return super().accept()
 
 
+@pytest.mark.parametrize("collective", ALGORITHMS)
 @pytest.mark.parametrize("sync", [FloatType.Q80, FloatType.F32])
-def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync):
+def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync, collective):
     """Three nodes over ZeroMQ: the meshes of all of them tell what they send and take."""
-    counts: dict[int, list[int]] = {0: [0, 0], 1: [0, 0], 2: [0, 0]}
+    counts: dict[int, list[int]] = {node: [0, 0, 0] for node in range(3)}
     greet, exchange = ZmqMesh.greet, ZmqMesh.exchange
 
     def greeting(self, session, node, names, timeout):
         self.counts = counts[node]
         greet(self, session, node, names, timeout)
 
-    def exchanging(self, to, frame, frames, timeout):
-        found = exchange(self, to, frame, frames, timeout)
-        self.counts[0] += len(to) * frame.nbytes
+    def exchanging(self, sends, receives, timeout):
+        found = exchange(self, sends, receives, timeout)
+        self.counts[0] += sum(frame.nbytes for frame in sends.values())
         self.counts[1] += sum(received for _, received in found)
+        self.counts[2] += len(sends)
         return found
 
     monkeypatch.setattr(ZmqMesh, "greet", greeting)
@@ -470,7 +479,9 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync):
     for thread in threads:
         thread.start()
     workers = tuple(Address("127.0.0.1", door.port) for door in doors)
-    cluster = Cluster(workers=workers, n_threads=1, sync=sync, max_seq_len=64)
+    cluster = Cluster(
+        workers=workers, n_threads=1, sync=sync, max_seq_len=64, collective=collective
+    )
     trials = [Trial("pp", 20), Trial("tg", 3, depth=20)]
     with open_session("tiny", RandomModel(shapes.config_of("tiny")), cluster) as session:
         runs = [session.bench.run(trial) for trial in trials]
@@ -480,7 +491,8 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync):
     for run, (root, *_) in zip(runs, found, strict=True):
         assert run.bytes_moved == root.sent + root.received > 0
     for node, (pp, tg) in enumerate(zip(*found, strict=True)):
-        assert counts[node] == [pp.sent + tg.sent, pp.received + tg.received]
+        both = pp + tg
+        assert counts[node] == [both.sent, both.received, both.messages]
 
 
 @pytest.fixture

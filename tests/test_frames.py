@@ -1,5 +1,6 @@
 """Whatever comes over the wire becomes a message or a ProtocolError, and takes little doing so."""
 
+import binascii
 import math
 import struct
 import tracemalloc
@@ -17,9 +18,13 @@ from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net.frames import (
     HEAD,
     MAX_CONTROL,
-    check_head,
+    check_frame,
+    check_raw,
+    checksum,
     decode,
     encode,
+    seal,
+    unseal,
     write_head,
 )
 from pyllama_dist.net.messages import (
@@ -83,9 +88,9 @@ messages = st.one_of(
     st.builds(Peers, st.lists(texts, max_size=256).map(tuple), doors),
     st.builds(Link, sessions, nodes),
     st.just(Meshed()),
-    st.builds(Net, st.just(EMPTY), timeouts),
+    st.builds(Net, st.just(EMPTY), texts, timeouts),
     st.builds(Allocated, sizes),
-    st.builds(WeightPart, st.integers(0, 1 << 24), sizes),
+    st.builds(WeightPart, st.integers(0, 1 << 24), sizes, st.integers(0, 2**32 - 1)),
     st.just(WeightsEnd()),
     st.just(Ready()),
     st.builds(Step, st.integers(0, 2**32 - 1), st.builds(Batch, widths, widths, widths)),
@@ -101,9 +106,9 @@ EXAMPLES = {
     Peers: Peers(("the root", "10.0.0.2:9990"), ((4000, ""),)),
     Link: Link(bytes(16), 255),
     Meshed: Meshed(),
-    Net: Net(EMPTY, 60.0),
+    Net: Net(EMPTY, "auto", 60.0),
     Allocated: Allocated(1 << 30),
-    WeightPart: WeightPart(7, 1 << 20),
+    WeightPart: WeightPart(7, 1 << 20, 2**32 - 1),
     WeightsEnd: WeightsEnd(),
     Ready: Ready(),
     Step: Step(2**32 - 1, Batch((0, 1), (31, 0), (1,))),
@@ -114,10 +119,13 @@ EXAMPLES = {
 }
 
 
-def decoded(frame: bytes) -> Message | None:
-    """The message, or None if the frame was refused as it should be: in one line."""
+def decoded(packed: bytes) -> Message | None:
+    """The message, or None if the frame was refused as it should be: in one line.
+
+    Whoever means harm knows how to make a checksum.
+    """
     try:
-        return decode(frame)
+        return decode(seal(packed))
     except ProtocolError as refusal:
         reason = str(refusal)
     assert "\n" not in reason
@@ -133,7 +141,7 @@ def test_every_message_travels(kind):
     frame = encode(message)
     assert decode(frame) == message
     assert type(decode(memoryview(frame))) is kind
-    assert msgpack.unpackb(frame)["type"] == kind.__struct_config__.tag
+    assert msgpack.unpackb(unseal(frame))["type"] == kind.__struct_config__.tag
 
 
 @given(messages)
@@ -143,13 +151,13 @@ def test_what_is_encoded_is_decoded(message):
 
 def test_programs_travel(programs):
     for program in programs:
-        net = Net(program, 0.5)
+        net = Net(program, "auto", 0.5)
         assert decode(encode(net)) == net
 
 
 def test_the_least_and_the_most_are_understood():
     for message in (
-        Net(EMPTY, 86400.0),
+        Net(EMPTY, "auto", 86400.0),
         Error(Phase.BYE, "ŋ" * 4096),
         Peers(("",) * 256, ((1, ""),) * 256),
         Step(0, Batch((0,) * 65536, (1 << 24,) * 65536, ())),
@@ -192,9 +200,11 @@ def test_the_least_and_the_most_are_understood():
         {"type": "bound", "doors": {"0": [1, ""]}},
         {"type": "peers", "addresses": ["a:1"] * 257, "doors": []},
         {"type": "allocated", "nbytes": (1 << 48) + 1},
-        {"type": "weight", "index": -1, "offset": 0},
-        {"type": "weight", "index": (1 << 24) + 1, "offset": 0},
-        {"type": "weight", "index": 0, "offset": (1 << 48) + 1},
+        {"type": "weight", "index": -1, "offset": 0, "checksum": 0},
+        {"type": "weight", "index": (1 << 24) + 1, "offset": 0, "checksum": 0},
+        {"type": "weight", "index": 0, "offset": (1 << 48) + 1, "checksum": 0},
+        {"type": "weight", "index": 0, "offset": 0, "checksum": 1 << 32},
+        {"type": "weight", "index": 0, "offset": 0},
         {"type": "step", "number": 1 << 32, "batch": {"seqs": [], "positions": [], "logits": []}},
         {"type": "step", "number": 1, "batch": {"seqs": [-1], "positions": [], "logits": []}},
         {"type": "step", "number": 1, "batch": {"seqs": [], "positions": []}},
@@ -206,14 +216,14 @@ def test_the_least_and_the_most_are_understood():
 )
 def test_fields_out_of_bounds_are_refused(fields):
     with pytest.raises(ProtocolError, match=r"not a message|not msgpack"):
-        decode(msgpack.packb(fields))
+        decode(seal(msgpack.packb(fields)))
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, 86401.0, math.nan, math.inf, -math.inf, "1", None])
 def test_a_timeout_is_a_bounded_number(timeout):
-    plain = msgspec.to_builtins(Net(EMPTY, 1.0)) | {"timeout": timeout}
+    plain = msgspec.to_builtins(Net(EMPTY, "auto", 1.0)) | {"timeout": timeout}
     with pytest.raises(ProtocolError):
-        decode(msgpack.packb(plain))
+        decode(seal(msgpack.packb(plain)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
@@ -229,7 +239,7 @@ def test_numbers_that_are_none_do_not_pass_the_check_of_a_program(programs, fiel
             for segment in programs[0].segments
         ),
     )
-    net = decode(encode(Net(program, 1.0)))
+    net = decode(encode(Net(program, "auto", 1.0)))
     with pytest.raises(ProtocolError, match=field):
         check_program(net.program)
 
@@ -241,10 +251,10 @@ def test_numbers_that_are_none_do_not_pass_the_check_of_a_program(programs, fiel
                                      {"segments": [{"name": "s", "ops": [{"type": "jump"}]}]}],
                          ids=str)  # fmt: skip
 def test_fields_of_a_program_are_bounded(changes):
-    plain = msgspec.to_builtins(Net(EMPTY, 1.0))
+    plain = msgspec.to_builtins(Net(EMPTY, "auto", 1.0))
     plain["program"] |= changes
     with pytest.raises(ProtocolError, match="not a message"):
-        decode(msgpack.packb(plain))
+        decode(seal(msgpack.packb(plain)))
 
 
 def test_lists_above_the_limit_are_refused():
@@ -272,8 +282,8 @@ def test_a_key_that_comes_twice_is_no_way_around_a_check():
         b"\xc0",
         b"\x80",
         b"\x90",
-        encode(Bye()) + b"\x00",
-        encode(Bye())[:-1],
+        unseal(encode(Bye())).tobytes() + b"\x00",
+        unseal(encode(Bye())).tobytes()[:-1],
         msgpack.packb({b"type": b"bye"}),
         msgpack.packb({1: 2}),
         msgpack.packb({"type": "bye", (): 1}),
@@ -347,7 +357,7 @@ def test_random_msgpack_does_no_harm(value):
 @settings(max_examples=300)
 @given(st.sampled_from(list(EXAMPLES.values())), st.data())
 def test_damaged_frames_do_no_harm(message, data):
-    frame = bytearray(encode(message))
+    frame = bytearray(unseal(encode(message)))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(frame) - 1))
         match data.draw(st.sampled_from(("set", "cut", "insert"))):
@@ -365,7 +375,7 @@ def test_damaged_frames_do_no_harm(message, data):
 @settings(max_examples=150)
 @given(st.data())
 def test_damaged_programs_do_no_harm(programs, data):
-    frame = bytearray(encode(Net(data.draw(st.sampled_from(programs)), 60.0)))
+    frame = bytearray(unseal(encode(Net(data.draw(st.sampled_from(programs)), "auto", 60.0))))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     found = decoded(bytes(frame))
@@ -374,43 +384,107 @@ def test_damaged_programs_do_no_harm(programs, data):
             check_program(found.program)
 
 
+# --- checksums
+
+
+def changes(data: st.DataObject, sent: bytes) -> bytes:
+    """What a bad link makes of some bytes: up to 16 in a row are changed, gone, or come twice."""
+    first = data.draw(st.integers(0, len(sent) - 1))
+    last = data.draw(st.integers(first + 1, first + 16))
+    damaged = sent[first:last]
+    after = sent[last:]
+    match data.draw(st.sampled_from(("change", "drop", "repeat"))):
+        case "change":
+            masks = data.draw(st.binary(min_size=len(damaged), max_size=len(damaged)))
+            damaged = bytes(byte ^ mask for byte, mask in zip(damaged, masks, strict=True))
+        case "drop":
+            damaged = b""
+        case "repeat":
+            damaged += damaged
+    return sent[:first] + damaged + after
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(list(EXAMPLES.values())), st.data())
+def test_a_control_frame_that_a_link_has_changed_is_refused(message, data):
+    sent = encode(message)
+    came = changes(data, sent)
+    assume(came != sent)
+    with pytest.raises(ProtocolError, match="does not match its checksum"):
+        decode(came)
+
+
+def test_a_control_frame_of_a_version_without_checksums_is_told_so():
+    with pytest.raises(ProtocolError, match="another version of pyllama-dist"):
+        decode(msgpack.packb({"type": "bye"}))
+
+
+@settings(max_examples=300)
+@given(st.binary(min_size=1, max_size=200), st.binary(min_size=16, max_size=16), st.data())
+def test_a_data_frame_that_a_link_has_changed_is_refused(sent, after, data):
+    """Bytes that are gone let those of the next frame move up."""
+    frame = exchange(7, 8, 1, sent)
+    came = (changes(data, bytes(frame)) + after)[: len(frame)]
+    assume(came != frame)
+    with pytest.raises(ProtocolError):
+        check_frame(memoryview(came), len(frame), 7, 8, 1)
+
+
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_a_raw_frame_that_a_link_has_changed_is_refused(sent, data):
+    expected = checksum(sent)
+    check_raw(sent, expected)
+    came = changes(data, sent)
+    assume(came != sent)
+    with pytest.raises(ProtocolError, match="does not match its checksum"):
+        check_raw(memoryview(came), expected)
+
+
 # --- heads of exchanges
 
 uint32s = st.integers(0, 2**32 - 1)
+rounds = st.integers(0, 127)
 
 
-def exchange(step: int, sync: int, data: bytes) -> memoryview:
+def exchange(step: int, sync: int, number: int, data: bytes) -> memoryview:
     frame = memoryview(bytearray(HEAD) + bytearray(data))
-    write_head(frame, step, sync)
+    write_head(frame, step, sync, number)
     return frame
 
 
-@given(uint32s, uint32s, st.binary(max_size=100))
-def test_an_exchange_is_valid_msgpack(step, sync, data):
-    frame = exchange(step, sync, data)
-    assert msgpack.unpackb(frame) == [step, sync, data]
-    check_head(frame, len(frame), step, sync)
+@given(uint32s, uint32s, rounds, st.binary(max_size=100))
+def test_an_exchange_is_valid_msgpack(step, sync, number, data):
+    frame = exchange(step, sync, number, data)
+    assert msgpack.unpackb(frame) == [step, sync, number, binascii.crc32(data), data]
+    check_frame(frame, len(frame), step, sync, number)
 
 
-@pytest.mark.parametrize("bit", range(8 * HEAD))
-def test_a_flipped_bit_in_a_head_is_noticed(bit):
-    frame = exchange(0x01020304, 77, b"data")
+@pytest.mark.parametrize("bit", range(8 * (HEAD + 4)))
+def test_a_flipped_bit_in_an_exchange_is_noticed(bit):
+    frame = exchange(0x01020304, 77, 3, b"data")
     frame[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ProtocolError):
-        check_head(frame, len(frame), 0x01020304, 77)
+        check_frame(frame, len(frame), 0x01020304, 77, 3)
 
 
-@given(uint32s, uint32s, uint32s, uint32s)
-def test_another_step_or_sync_is_named(step, sync, other_step, other_sync):
-    assume((step, sync) != (other_step, other_sync))
-    frame = exchange(other_step, other_sync, b"data")
-    complaint = f"expected step {step} sync {sync}, received step {other_step} sync {other_sync}"
+places = st.tuples(uint32s, uint32s, rounds)
+
+
+@given(places, places)
+def test_another_step_sync_or_round_is_named(place, other):
+    assume(place != other)
+    frame = exchange(*other, b"data")
+    (step, sync, number), (other_step, other_sync, other_number) = place, other
+    complaint = (
+        f"expected step {step} sync {sync} round {number}, "
+        f"received step {other_step} sync {other_sync} round {other_number}"
+    )
     with pytest.raises(ProtocolError, match=complaint):
-        check_head(frame, len(frame), step, sync)
+        check_frame(frame, len(frame), *place)
 
 
-@pytest.mark.parametrize("received", [0, 15, 16, 19, 21, 1 << 20])
+@pytest.mark.parametrize("received", [0, 21, 22, 25, 27, 1 << 20])
 def test_an_exchange_of_another_length_is_refused(received):
-    frame = exchange(1, 2, b"data")
-    with pytest.raises(ProtocolError, match=f"{received} bytes instead of 20"):
-        check_head(frame, received, 1, 2)
+    frame = exchange(1, 2, 0, b"data")
+    with pytest.raises(ProtocolError, match=f"{received} bytes instead of 26"):
+        check_frame(frame, received, 1, 2, 0)

@@ -11,7 +11,7 @@ from pyllama_dist import worker as worker_module
 from pyllama_dist.config import Arch, FloatType
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.executor import make_executor
-from pyllama_dist.net.frames import write_head
+from pyllama_dist.net.frames import HEAD, checksum, write_head
 from pyllama_dist.net.inproc import Hub
 from pyllama_dist.net.messages import (
     PROTOCOL,
@@ -352,13 +352,14 @@ class Talk:
 
     def allocated(self):
         self.meshed()
-        self.ask(Net(self.program, 10.0), Allocated)
+        self.ask(Net(self.program, "direct", 10.0), Allocated)
         return self
 
     def ready(self):
         self.allocated()
         for i, weight in enumerate(weights(self.program)):
-            self.channel.send(WeightPart(i, 0), bytes(weight.nbytes))
+            data = bytes(weight.nbytes)
+            self.channel.send(WeightPart(i, 0, checksum(data)), data)
         self.ask(WeightsEnd(), Ready)
         return self
 
@@ -415,14 +416,23 @@ def test_addresses_must_fit_the_nodes(talk, join, peers):
 
 def test_the_program_of_another_node_is_refused(talk):
     talk.meshed()
-    error = talk.refused(Net(replace(talk.program, node=0), 10.0))
+    error = talk.refused(Net(replace(talk.program, node=0), "direct", 10.0))
     assert error.phase is Phase.NET
     assert error.message == "node 1 of 2 was sent the program of node 0 of 2"
 
 
+def test_a_collective_that_does_not_exist_is_refused(talk):
+    talk.meshed()
+    error = talk.refused(Net(talk.program, "telepathy", 10.0))
+    assert error.phase is Phase.NET
+    assert "collective 'telepathy' is unknown" in error.message
+
+
 def test_a_program_that_does_not_add_up_is_refused(talk):
     talk.meshed()
-    error = talk.refused(Net(replace(talk.program, buffers=talk.program.buffers[1:]), 10.0))
+    error = talk.refused(
+        Net(replace(talk.program, buffers=talk.program.buffers[1:]), "direct", 10.0)
+    )
     assert error.phase is Phase.NET
     assert "y does not exist" in error.message
     assert "RmsNorm" in error.message
@@ -430,7 +440,9 @@ def test_a_program_that_does_not_add_up_is_refused(talk):
 
 def test_a_program_that_does_not_fit_into_memory_is_refused(talk):
     talk.meshed()
-    error = talk.refused(Net(replace(talk.program, n_blocks=1 << 24, seq_len=1 << 24), 10.0))
+    error = talk.refused(
+        Net(replace(talk.program, n_blocks=1 << 24, seq_len=1 << 24), "direct", 10.0)
+    )
     assert error.phase is Phase.NET
     assert "GB are available" in error.message
 
@@ -450,9 +462,9 @@ def test_a_program_that_does_not_fit_into_memory_is_refused(talk):
 def test_weights_out_of_order_or_bounds_are_refused(talk, parts, complaint):
     talk.allocated()
     for index, offset, size in parts[:-1]:
-        talk.channel.send(WeightPart(index, offset), bytes(size))
+        talk.channel.send(WeightPart(index, offset, checksum(bytes(size))), bytes(size))
     index, offset, size = parts[-1]
-    error = talk.refused(WeightPart(index, offset), bytes(size))
+    error = talk.refused(WeightPart(index, offset, checksum(bytes(size))), bytes(size))
     assert error.phase is Phase.WEIGHTS
     assert complaint in error.message
 
@@ -460,7 +472,7 @@ def test_weights_out_of_order_or_bounds_are_refused(talk, parts, complaint):
 def test_missing_weights_are_noticed(talk):
     talk.allocated()
     count = len(list(weights(talk.program)))
-    talk.channel.send(WeightPart(0, 0), bytes(255))
+    talk.channel.send(WeightPart(0, 0, checksum(bytes(255))), bytes(255))
     error = talk.refused(WeightsEnd())
     assert error.phase is Phase.WEIGHTS
     assert error.message == f"{count} of {count} weights are incomplete"
@@ -476,19 +488,23 @@ def test_a_batch_out_of_bounds_is_refused_by_the_worker_too(talk):
 def test_an_exchange_of_another_step_is_refused(talk):
     talk.ready()
     talk.channel.send(Step(1, Batch((0,), (0,), ())))
-    frame = bytearray(16 + 256)
-    write_head(memoryview(frame), 2, 0)
-    talk.mesh.exchange([1], memoryview(frame), {}, 10)
+    frame = bytearray(HEAD + 256)
+    write_head(memoryview(frame), 2, 0, 0)
+    talk.mesh.exchange({1: memoryview(frame)}, {}, 10)
     error, _ = talk.channel.receive(10)
     assert isinstance(error, Error)
-    assert "expected step 1 sync 0, received step 2 sync 0 (after start)" in error.message
+    assert (
+        "expected step 1 sync 0 round 0, received step 2 sync 0 round 0 (after start)"
+        in error.message
+    )
 
 
 def test_an_exchange_that_never_comes_is_a_deadline(talk):
     talk.meshed()
-    talk.ask(Net(talk.program, 0.01), Allocated)
+    talk.ask(Net(talk.program, "direct", 0.01), Allocated)
     for i, weight in enumerate(weights(talk.program)):
-        talk.channel.send(WeightPart(i, 0), bytes(weight.nbytes))
+        data = bytes(weight.nbytes)
+        talk.channel.send(WeightPart(i, 0, checksum(data)), data)
     talk.ask(WeightsEnd(), Ready)
     error = talk.refused(Step(1, Batch((0,), (0,), ())))
     assert error.culprit == "the root"

@@ -24,7 +24,6 @@ from pyllama_dist.ops import (
     Gather,
     LayerNorm,
     Matmul,
-    Merge,
     Quantize,
     RmsNorm,
     Rope,
@@ -34,6 +33,7 @@ from pyllama_dist.ops import (
     Store,
 )
 from pyllama_dist.program import (
+    AllReduce,
     Batch,
     Buffer,
     Cache,
@@ -154,10 +154,6 @@ BAD_OPS = [
     Change(SiluMul, {"up": "y"}, "differ in width"),
     Change(SiluMul, {"gate": "hidden_q80"}, "not float32"),
     Change(SiluMul, {"target": "y"}, "differ in width"),
-    Change(Merge, {"source": "y"}, "is no pipe"),
-    Change(Merge, {"source": "logits"}, "slots"),
-    Change(Merge, {"target": "q"}, "differ in width"),
-    Change(Merge, {"target": "last"}, "other rows"),
     Change(Add, {"source": "q"}, "differ in width"),
     Change(Add, {"target": "partials"}, "not float32"),
     Change(Add, {"target": "last"}, "other rows"),
@@ -294,7 +290,6 @@ BAD_PROGRAMS = {
     ),
     "extra is not whole blocks": lambda p: replace(p, pipes=(*p.pipes, Pipe("extra", Q80, (31,)))),
     "syncs y, which is no pipe": with_sync(pipe="y", kind=SyncKind.WITH_ROOT),
-    "pipe x has no slot for each node": with_sync(pipe="x", kind=SyncKind.NODE_SLICES),
     "x has no slot for each": with_sync(pipe="x", kind=SyncKind.NODE_SLICES_EXCEPT_ROOT),
 }
 
@@ -319,28 +314,30 @@ def test_caches_that_differ_are_refused(program, other):
         check_program(replace(program, caches=caches))
 
 
-def test_a_pipe_that_only_the_root_collects_cannot_be_merged_by_a_worker():
-    program = Program(
-        n_nodes=2,
-        node=1,
-        max_rows=1,
-        max_logits=1,
-        n_experts=0,
-        n_active_experts=0,
-        n_seqs=1,
-        n_blocks=1,
-        seq_len=1,
-        pipes=(Pipe("parts", F32, (8, 8)),),
-        buffers=(Buffer("sum", F32, 8),),
-        caches=(),
-        segments=(
-            Segment("collect", (), (Sync("parts", SyncKind.NODE_SLICES_EXCEPT_ROOT),)),
-            Segment("merge", (Merge("parts", "sum"),)),
-        ),
-    )
-    with pytest.raises(ProtocolError, match="slots are not here"):
-        check_program(program)
-    check_program(replace(program, node=0))
+BAD_SUMS = {
+    "y, which is no pipe": AllReduce("y", "sum"),
+    "pipe x has no slot for each node": AllReduce("x", "sum"),
+    "AllReduce: slots and target differ in width": AllReduce("logits", "sum"),
+    "AllReduce: nowhere does not exist": AllReduce("partials", "nowhere"),
+    "AllReduce: the target must be a buffer": AllReduce("partials", "x"),
+    "AllReduce: y_q80 is not float32": AllReduce("partials", "y_q80"),
+    "AllReduce: slots and target differ": AllReduce("partials", "q"),
+    "AllReduce: partials, last: other rows": AllReduce("partials", "last"),
+}
+
+
+@pytest.mark.parametrize("complaint", BAD_SUMS)
+def test_a_sum_that_does_not_add_up_is_refused(program, complaint):
+    first, *rest = program.segments
+    changed = replace(first, syncs=(BAD_SUMS[complaint],))
+    with pytest.raises(ProtocolError, match=complaint):
+        check_program(replace(program, segments=(changed, *rest)))
+
+
+def test_a_sum_that_no_segment_takes_is_refused(program):
+    last = replace(program.segments[-1], syncs=(AllReduce("partials", "sum"),))
+    with pytest.raises(ProtocolError, match="no segment takes the sum"):
+        check_program(replace(program, segments=(*program.segments[:-1], last)))
 
 
 # Programs as they may come over the wire: any value of a field replaced by another of its type.

@@ -49,12 +49,12 @@ def nodes(request):
 
 
 def send(mesh, node):
-    assert mesh.exchange([node], memoryview(FRAME), {}, 10.0) == []
+    assert mesh.exchange({node: memoryview(FRAME)}, {}, 10.0) == []
 
 
 def receive(mesh, *nodes, timeout=10.0):
     memory = {node: memoryview(bytearray(len(FRAME))) for node in nodes}
-    found = mesh.exchange([], memoryview(b""), memory, timeout)
+    found = mesh.exchange({}, memory, timeout)
     assert sorted(found) == [(node, len(FRAME)) for node in sorted(nodes)]
     return [bytes(frame) for frame in memory.values()]
 
@@ -148,9 +148,9 @@ def test_a_large_frame_has_left_when_an_exchange_is_over(nodes):
     """Its memory can be written again."""
     sent = bytearray(random.Random(0).randbytes(8 << 20))
     expected, memory = bytes(sent), bytearray(len(sent))
-    nodes[1].exchange([0], memoryview(sent), {}, 10.0)
+    nodes[1].exchange({0: memoryview(sent)}, {}, 10.0)
     sent[-64:] = bytes(64)
-    assert nodes[0].exchange([], memoryview(b""), {1: memoryview(memory)}, 10.0) == [(1, len(sent))]
+    assert nodes[0].exchange({}, {1: memoryview(memory)}, 10.0) == [(1, len(sent))]
     assert memory == expected
 
 
@@ -176,14 +176,14 @@ def second_keeps(nodes, monkeypatch):
 
 def test_who_does_not_take_a_large_frame_is_named_at_the_deadline(nodes, second_keeps):
     with pytest.raises(LostError, match=r"^lost second: it does not take what is sent$"):
-        nodes[0].exchange([2, 1], memoryview(FRAME), {}, 0.01)
+        nodes[0].exchange(dict.fromkeys((2, 1), memoryview(FRAME)), {}, 0.01)
 
 
 def test_while_a_large_frame_leaves_peers_are_watched(nodes, second_keeps):
     leaving = threading.Timer(0.1, nodes[2].close)
     leaving.start()
     with pytest.raises(LostError, match="lost third: its connection closed"):
-        nodes[0].exchange([1], memoryview(FRAME), {}, 10.0)
+        nodes[0].exchange({1: memoryview(FRAME)}, {}, 10.0)
     leaving.join()
 
 
@@ -196,7 +196,8 @@ def test_large_frames_go_round(nodes, monkeypatch):
         others = [other for other in range(3) if other != node]
         memory = {other: memoryview(found[node, other]) for other in others}
         for _ in range(20):
-            nodes[node].exchange(others, memoryview(rows[node]), memory, 10.0)
+            sent = dict.fromkeys(others, memoryview(rows[node]))
+            nodes[node].exchange(sent, memory, 10.0)
 
     threads = [threading.Thread(target=go_round, args=(node,)) for node in range(3)]
     for thread in threads:

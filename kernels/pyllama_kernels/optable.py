@@ -62,10 +62,12 @@ OP = np.dtype(
 
 # The words of `step`, an int64 array: counts of rows (of the batch, with logits, of experts), the
 # addresses of the rows' facts; the table of blocks and its shape; and memory for attention: the
-# chunks' results, for so many chunks of rows, and scratch of so many bytes for each thread.
+# chunks' results, for so many chunks of rows, and scratch of so many bytes for each thread. At last
+# the rows of a sum that are made to be sent.
 N_ROWS, N_LOGITS, N_PAIRS, SEQS, POSITIONS, LOGITS = range(6)
 TABLE, N_SEQS, SEQ_BLOCKS, PARTS, CELLS, SCRATCH, SCRATCH_BYTES = range(6, 13)
-STEP_WORDS = 13
+N_REDUCED = 13
+STEP_WORDS = 14
 
 
 @kernel

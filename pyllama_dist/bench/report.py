@@ -32,6 +32,7 @@ class Setting:
     nodes_here: int  # on this machine, the root included
     threads: int  # of each node here
     sync: str  # number format in which partial sums travel
+    collective: str  # how they do
     seq_len: int
     max_rows: int  # of a batch
 
@@ -71,6 +72,7 @@ class Figures:
     sync_ms_per_token: Sequence[float]  # of each node, waiting for others included
     kb_sent_per_token: Sequence[float]  # of each node
     kb_received_per_token: Sequence[float]
+    messages_per_token: Sequence[float]  # that each node sends
 
 
 def as_json(report: Report) -> str:
@@ -110,7 +112,15 @@ def as_markdown(report: Report) -> str:
     """A table for GitHub, and below it the facts that all its lines share."""
     model, setting, machine = report.model, report.setting, report.machine
     heading = ["model", "size", "params", "kernels", "nodes", "threads", "test", "t/s", "median"]
-    heading += ["GB/s", "% of memory", "compute ms", "sync ms", "kB sent", "kB received"]
+    heading += [
+        "GB/s",
+        "% of memory",
+        "compute ms",
+        "sync ms",
+        "kB sent",
+        "kB received",
+        "messages",
+    ]
     common = [
         f"{model.model} {model.weights.upper()}",
         _short(model.matrix_bytes, "MB", "GB"),
@@ -135,6 +145,7 @@ def as_markdown(report: Report) -> str:
                 _each(found.sync_ms_per_token, 2),
                 _each(found.kb_sent_per_token),
                 _each(found.kb_received_per_token),
+                _each(found.messages_per_token),
             ]
         )
     features = machine["features"]
@@ -179,6 +190,7 @@ def figures(report: Report, result: Result) -> Figures:
         sync_ms_per_token=[1e3 * node.sync_seconds / tokens for node in result.spent],
         kb_sent_per_token=[node.sent / 1e3 / test.tokens for node in traffic],
         kb_received_per_token=[node.received / 1e3 / test.tokens for node in traffic],
+        messages_per_token=[node.messages / test.tokens for node in traffic],
     )
 
 

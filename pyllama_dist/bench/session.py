@@ -27,7 +27,7 @@ class Session:
 
     def traffic(self, test: Test) -> list[Traffic]:
         """What each node sends and receives in one run of a test."""
-        return traffic(self.programs, batches(test, self.setting.max_rows))
+        return traffic(self.programs, batches(test, self.setting.max_rows), self.setting.collective)
 
 
 @contextmanager
@@ -71,6 +71,7 @@ def open_session(
                 nodes_here=here,
                 threads=cluster.threads,
                 sync=cluster.sync.name.lower(),
+                collective=cluster.collective,
                 seq_len=program.seq_len,
                 max_rows=program.max_rows,
             ),

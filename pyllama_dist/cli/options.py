@@ -11,6 +11,7 @@ import click
 from pyllama_dist.cluster import Cluster
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
+from pyllama_dist.net.collectives import ALGORITHMS, AUTO
 from pyllama_dist.net.transport import Address
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -86,6 +87,13 @@ def cluster_options(command: _F) -> _F:
                 help="How partial sums travel between nodes.",
             ),
             option(
+                "--collective",
+                type=click.Choice([AUTO, *ALGORITHMS]),
+                default=AUTO,
+                show_default=True,
+                help="How nodes add up partial sums. auto: by their number and what is sent.",
+            ),
+            option(
                 "--kv-cache-type",
                 type=click.Choice(["f32", "f16", "q80"]),
                 help="How keys and values are kept. [default: q80; f32 where the weights are]",
@@ -122,6 +130,7 @@ def make_cluster(
     local_workers: int,
     nthreads: int | None,
     buffer_float_type: str,
+    collective: str,
     kv_cache_type: str | None,
     max_seq_len: int | None,
     timeout: float,
@@ -145,6 +154,7 @@ def make_cluster(
         cache=FloatType[kv_cache_type.upper()] if kv_cache_type else None,
         max_seq_len=max_seq_len,
         timeout=timeout,
+        collective=collective,
         notice=lambda text: click.echo(text, err=True),
     )
 

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 from pyllama_dist.cores import available_cores
 from pyllama_dist.errors import UsageError
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Batch, Program
+from pyllama_dist.program import AllReduce, Batch, Program
 from pyllama_kernels.cpu import REFERENCE, KernelsError, choose
 
 
@@ -18,6 +18,8 @@ class Executor(Protocol):
     """What both executors offer.
 
     A step is `begin`, then `run` for each segment in order, then `end`, also after an error.
+    Between segments, `reduce` makes parts of sums. Where an `AllReduce` takes its sum from is set
+    in `memory.reduced` before a step.
     """
 
     memory: Memory
@@ -27,6 +29,15 @@ class Executor(Protocol):
 
     def run(self, segment: int) -> None:
         """Runs the ops of one segment."""
+
+    def reduce(self, exchange: AllReduce, first: int, last: int) -> None:
+        """Makes rows of a sum, from all slots of a pipe, in its region `REDUCED`.
+
+        Args:
+            exchange: of which pipe; its target is overwritten.
+            first: the first row.
+            last: the row after the last one.
+        """
 
     def end(self) -> None:
         """Ends the step: threads sleep, unless the next one follows at once."""

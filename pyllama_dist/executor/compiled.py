@@ -11,7 +11,8 @@ from pyllama_dist.executor.arena import arena
 from pyllama_dist.executor.fusion import fuse
 from pyllama_dist.executor.lowering import Lowering, Row, address
 from pyllama_dist.executor.memory import Memory, scratch_bytes, shared_bytes
-from pyllama_dist.program import Batch, Program
+from pyllama_dist.executor.reduction import ROWS, Reduction, ops_of_segment
+from pyllama_dist.program import AllReduce, Batch, Program, all_reduces
 from pyllama_kernels import oploop, optable, team
 from pyllama_kernels.entries import ENTRIES
 from pyllama_kernels.optable import OP
@@ -33,14 +34,19 @@ class CompiledExecutor:
         self._lowering = Lowering(program, self.memory)  # keeps what rows point to
         rows, self._starts = _lower(program, self._lowering)
         parts, scratch = shared_bytes(program), scratch_bytes(program)
+        reduced = all_reduces(program)
         table, self._parts, self._scratch = arena(
-            [(len(rows), OP.itemsize), (parts,), (n_threads, scratch)]
+            [(len(rows) + ROWS * len(reduced), OP.itemsize), (parts,), (n_threads, scratch)]
         )
         self._table = table.reshape(-1).view(OP)
-        for entry, row in zip(self._table, rows, strict=True):
+        for entry, row in zip(self._table, rows, strict=False):
             for field, value in row.fields.items():
                 entry[field] = value
             entry["entry"], entry["cut"] = ENTRIES[row.entry].address, row.cut
+        self._reductions = {
+            exchange: Reduction(self.memory, exchange, self._table, len(rows) + ROWS * i)
+            for i, exchange in enumerate(reduced)
+        }
         self._state = team.new_state(n_threads)
         self._step = np.zeros(optable.STEP_WORDS, np.int64)
         self._step[optable.SEQS] = address(self.memory.seqs)
@@ -69,6 +75,8 @@ class CompiledExecutor:
         self._step[optable.N_ROWS] = self.memory.n_rows
         self._step[optable.N_LOGITS] = self.memory.n_logits
         self._step[optable.N_PAIRS] = self.memory.n_pairs
+        for exchange, reduction in self._reductions.items():
+            reduction.read(self.memory.reduced[exchange.pipe])
         self._stepping = True
         oploop.begin_step(self._state)
         for thread, enter in enumerate(self._enter, start=1):
@@ -79,6 +87,12 @@ class CompiledExecutor:
         """Runs the ops of one segment."""
         first, last = self._starts[segment], self._starts[segment + 1]
         oploop.run(self._table, first, last, self._step, self._state, 0, self._n_threads)
+
+    def reduce(self, exchange: AllReduce, first: int, last: int) -> None:
+        """Makes rows of a sum, in the pipe's region for it."""
+        start, stop = self._reductions[exchange].at(first)
+        self._step[optable.N_REDUCED] = last - first
+        oploop.run(self._table, start, stop, self._step, self._state, 0, self._n_threads)
 
     def end(self) -> None:
         """Ends the step: the team may leave."""
@@ -118,7 +132,8 @@ def _lower(program: Program, lowering: Lowering) -> tuple[list[Row], list[int]]:
     """The program as rows of the table, and where each segment starts (one more than segments)."""
     rows: list[Row] = []
     starts = [0]
-    for segment in program.segments:
-        rows += fuse([row for op in segment.ops for row in op.lower(lowering)])
+    for segment in range(len(program.segments)):
+        ops = ops_of_segment(program, segment)
+        rows += fuse([row for op in ops for row in op.lower(lowering)])
         starts.append(len(rows))
     return rows, starts

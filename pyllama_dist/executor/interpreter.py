@@ -4,7 +4,8 @@ from types import TracebackType
 from typing import Self
 
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Batch, Program
+from pyllama_dist.executor.reduction import ops_of_segment, reduce_rows
+from pyllama_dist.program import AllReduce, Batch, Program
 
 
 class Interpreter:
@@ -20,8 +21,12 @@ class Interpreter:
 
     def run(self, segment: int) -> None:
         """Runs the ops of one segment."""
-        for op in self.program.segments[segment].ops:
+        for op in ops_of_segment(self.program, segment):
             op.run(self.memory)
+
+    def reduce(self, exchange: AllReduce, first: int, last: int) -> None:
+        """Makes rows of a sum, in the pipe's region for it."""
+        reduce_rows(self.memory, exchange, first, last)
 
     def end(self) -> None:
         """Ends the step."""

@@ -17,6 +17,7 @@ from pyllama_dist.program import (
     Program,
     Rows,
     Weight,
+    all_reduces,
     ops,
     own_slot,
     slots_used,
@@ -125,7 +126,10 @@ def _typed(program: Program, buffer: Buffer, memory: U8) -> F32 | U8:
 
 @dataclass(frozen=True)
 class PipeMemory:
-    """A pipe's slots, each with headroom before its data; slot i may lie at another index."""
+    """A pipe's slots, each with headroom before its data; slot i may lie at another index.
+
+    `REDUCED`, if it is there, is the last of them.
+    """
 
     spec: Pipe
     memory: U8  # [slots held, stride]
@@ -195,6 +199,8 @@ class Memory:
         self.positions: I64 = np.zeros(program.max_rows, np.int64)
         self.logits: I64 = np.zeros(program.max_logits, np.int64)
         self.n_rows = self.n_logits = self.n_pairs = 0
+        # Of pipes that are reduced: whether the sum is ready in its region, or still to be made.
+        self.reduced = {exchange.pipe: False for exchange in all_reduces(program)}
 
     def settle(self, index: int) -> None:
         """A weight is complete: brings it into the order in which the kernels read it."""

@@ -15,7 +15,6 @@ from pyllama_dist.ops import (
     Gather,
     LayerNorm,
     Matmul,
-    Merge,
     Quantize,
     QuantizeExperts,
     RmsNorm,
@@ -26,6 +25,7 @@ from pyllama_dist.ops import (
     Store,
 )
 from pyllama_dist.program import (
+    AllReduce,
     Cache,
     Op,
     Pipe,
@@ -38,7 +38,7 @@ from pyllama_dist.program import (
     Weight,
 )
 
-Instruction = Op | Sync
+Instruction = Op | Sync | AllReduce
 
 
 class Layers:
@@ -208,10 +208,9 @@ class Layers:
         yield from self._send()
 
     def all_reduce(self) -> Iterator[Instruction]:
-        """partials -> sum: every node sends its partial sums to all, and adds up all of them."""
+        """partials -> sum: on every node, the sum of the parts of all."""
         if not self.alone:
-            yield Sync("partials", SyncKind.NODE_SLICES)
-            yield Merge("partials", "sum")
+            yield AllReduce("partials", "sum")
 
     def head(self) -> Iterator[Instruction]:
         """x -> logits, of the rows that need them; the root collects the nodes' parts."""
@@ -255,8 +254,9 @@ class Layers:
         segments = tuple(_segments(steps, alone=self.alone))
         shapes = Shapes(pipes, caches, node=self.node, seq_len=plan.seq_len)
         for segment in segments:
-            for op in segment.ops:
-                shapes.add(op)
+            for op in (*segment.ops, *segment.syncs):
+                if not isinstance(op, Sync):
+                    shapes.add(op)
         return Program(
             n_nodes=plan.n_nodes,
             node=self.node,
@@ -392,7 +392,7 @@ def _segments(steps: Iterable[Instruction], *, alone: bool) -> Iterator[Segment]
     ops: list[Op] = []
     for step in steps:
         match step:
-            case Sync():
+            case Sync() | AllReduce():
                 if not alone:
                     yield Segment(_name(ops), tuple(ops), (step,))
                     ops = []

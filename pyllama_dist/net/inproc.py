@@ -159,7 +159,7 @@ class InprocMesh:
         self._inbox = _Inbox()
         self._peers: dict[int, InprocMesh] = {}
         self._node = -1
-        self._names: Sequence[str] = ()
+        self.names: Sequence[str] = ()
 
     def bind(self, nodes: Sequence[int]) -> list[Door]:
         """See `Mesh`."""
@@ -176,7 +176,7 @@ class InprocMesh:
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""
-        self._node, self._names = node, names
+        self._node, self.names = node, names
         deadline = time.monotonic() + timeout
         others = [i for i in range(len(names)) if i != node]
         while len(self._peers) < len(others):
@@ -191,21 +191,17 @@ class InprocMesh:
                 raise ProtocolError(f"a stranger spoke for {names[peer]}")
 
     def exchange(
-        self,
-        to: Sequence[int],
-        frame: memoryview,
-        frames: Mapping[int, memoryview],
-        timeout: float,
+        self, sends: Mapping[int, memoryview], receives: Mapping[int, memoryview], timeout: float
     ) -> list[tuple[int, int]]:
         """See `Mesh`."""
-        for node in to:
+        for node, frame in sends.items():
             self._peers[node]._inbox.put(self._node, (bytes(frame),))
         deadline = time.monotonic() + timeout
-        pending, found = set(frames), []
+        pending, found = set(receives), []
         while pending:
             node, (data,) = self._next(pending, deadline, timeout)
             pending.discard(node)
-            frames[node][: len(data)] = data[: len(frames[node])]
+            receives[node][: len(data)] = data[: len(receives[node])]
             found.append((node, len(data)))
         return found
 
@@ -228,10 +224,10 @@ class InprocMesh:
         try:
             found = self._inbox.get(set(nodes), deadline)
         except LookupError as gone:
-            name = self._names[gone.args[0]]
+            name = self.names[gone.args[0]]
             raise LostError("it closed the connection", name) from None
         if found is None:
-            names = ", ".join(self._names[node] for node in sorted(nodes))
+            names = ", ".join(self.names[node] for node in sorted(nodes))
             raise LostError(f"sent nothing for {timeout:.0f} s", names)
         sender, frames = found
         if not isinstance(sender, int):

@@ -84,9 +84,10 @@ class Meshed(_Message, frozen=True, tag="meshed"):
 
 
 class Net(_Message, frozen=True, tag="net"):
-    """Root: what to run, and the seconds that an exchange may take."""
+    """Root: what to run, how sums travel, and the seconds that a round of an exchange may take."""
 
     program: Program
+    collective: Text  # see `net.collectives`
     timeout: Annotated[float, Meta(gt=0, le=86400)]
 
 
@@ -101,6 +102,7 @@ class WeightPart(_Message, frozen=True, tag="weight"):
 
     index: Annotated[int, Meta(ge=0, le=1 << 24)]
     offset: Size
+    checksum: Annotated[int, Meta(ge=0, lt=1 << 32)]  # of the raw frame
 
 
 class WeightsEnd(_Message, frozen=True, tag="weights_end"):

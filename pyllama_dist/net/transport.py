@@ -88,6 +88,8 @@ class Channel(Protocol):
 class Mesh(Protocol):
     """The data connections of one node to all others."""
 
+    names: Sequence[str]  # addresses of all nodes, known once they have greeted each other
+
     def bind(self, nodes: Sequence[int]) -> list[Door]:
         """Opens a door for each of these nodes."""
 
@@ -105,20 +107,16 @@ class Mesh(Protocol):
         """
 
     def exchange(
-        self,
-        to: Sequence[int],
-        frame: memoryview,
-        frames: Mapping[int, memoryview],
-        timeout: float,
+        self, sends: Mapping[int, memoryview], receives: Mapping[int, memoryview], timeout: float
     ) -> list[tuple[int, int]]:
-        """Sends a frame to some nodes, then receives one from each of some nodes, in any order.
+        """Sends a frame to each of some nodes, then receives one from each of some, in any order.
 
         It may look for them awake for a short while before it sleeps.
 
         Args:
-            to: nodes that the frame goes to.
-            frame: what is sent; its memory may be written again when this returns.
-            frames: for each node that sends, where its frame goes.
+            sends: for each node that is sent to, its frame; that memory may be written again when
+                this returns.
+            receives: for each node that sends, where its frame goes.
             timeout: seconds for sending, and again for receiving.
 
         Returns:

@@ -5,7 +5,7 @@ implementation in `pyllama_kernels.reference`.
 """
 
 from pyllama_dist.ops.attention import Attention, Select, Store
-from pyllama_dist.ops.elementwise import Add, Concat, Gather, Merge, SiluMul
+from pyllama_dist.ops.elementwise import Add, Concat, Gather, SiluMul
 from pyllama_dist.ops.experts import (
     Combine,
     Dispatch,
@@ -30,7 +30,6 @@ __all__ = [
     "Gather",
     "LayerNorm",
     "Matmul",
-    "Merge",
     "Quantize",
     "QuantizeExperts",
     "RmsNorm",

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from pyllama_dist.config import FloatType
-from pyllama_dist.executor.lowering import Cut, Lowering, Row, address
+from pyllama_dist.executor.lowering import Cut, Lowering, Row
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Buffer, Count, Name, Op, Part, Shapes, slots_used
+from pyllama_dist.program import Buffer, Count, Name, Op, Part, Shapes
 from pyllama_dist.validate import Check, require
 from pyllama_kernels import reference
 
@@ -126,51 +124,5 @@ class Concat(Part, Op, frozen=True, tag="concat"):
                 n=table.width(self.first) // self.heads,
                 m=table.width(self.target) // self.heads,
                 heads=self.heads,
-            )
-        ]
-
-
-class Merge(Part, Op, frozen=True, tag="merge"):
-    """target = the sum of a pipe's slots, added in the order of the nodes."""
-
-    source: Name
-    target: Name
-
-    def outputs(self, shapes: Shapes) -> Iterator[Buffer]:
-        """See `Op`."""
-        yield shapes.like(self.target, self.source)
-
-    def validate(self, check: Check) -> None:
-        """See `Op`."""
-        pipe = check.pipe(self.source)
-        width = check.f32(self.target)
-        require(set(pipe.widths) == {width}, "slots and target differ in width")
-        slots = slots_used(check.program, pipe)
-        require(len(slots) == len(pipe.widths), "slots are not here")
-        check.same_rows(self.source, self.target)
-
-    def run(self, memory: Memory) -> None:
-        """See `Op`."""
-        pipe, rows = memory.pipes[self.source], memory.count(self.source)
-        parts = np.stack([pipe.payload(slot, rows) for slot in pipe.held])
-        out = memory.f32(self.target)
-        if pipe.spec.float_type is FloatType.F32:
-            reference.merge_f32(parts.view(np.float32).reshape(len(parts), -1), out.reshape(-1))
-        else:
-            reference.merge_q80(parts.reshape(len(parts), -1, 34), out.reshape(-1, 32))
-
-    def lower(self, table: Lowering) -> list[Row]:
-        """See `Op`."""
-        pipe, n = table.memory.pipes[self.source], table.width(self.target)
-        return [
-            table.row(
-                "merge_f32" if pipe.spec.float_type is FloatType.F32 else "merge_q80",
-                self.target,
-                Cut.NUMBERS,
-                cost=n,
-                a=address(pipe.payload(pipe.held[0], 1)),
-                n=n,
-                parts=len(pipe.held),
-                stride=pipe.memory.shape[1],
             )
         ]
