@@ -148,6 +148,18 @@ def test_quantizing_gives_the_bytes_of_the_reference(n_rows, n_threads):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("kernels", [ops, reference], ids=["compiled", "reference"])
+@pytest.mark.parametrize("n_rows", [2, 5, 12, 18, 27])
+def test_what_a_tile_has_beyond_the_batch_is_scaled_to_zero(kernels, n_rows):
+    """Leftovers, as these 0x01, would become denormal numbers, at which CPUs are slow."""
+    packed = np.full(layout.activation_bytes(n_rows, 96), 0x01, np.uint8)
+    blocks = () if kernels is reference else (0, 3 * n_rows)
+    kernels.quantize(normal(0, n_rows, 96), *blocks, packed)
+    rest = layout.unpack_activations(packed, layout.padded_rows(n_rows), 96)[n_rows:]
+    np.testing.assert_array_equal(rest, 0)
+    assert len(rest)
+
+
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_a_smaller_batch_has_room_where_a_larger_one_has(n_rows, more):
     assert layout.activation_bytes(n_rows, 64) <= layout.activation_bytes(n_rows + more, 64)

@@ -22,6 +22,10 @@ few as hold the rows that are left (`tile_rows`):
     +------------------+------------------+-----+------------------+-------------+--------------+
       32 bytes each                                                  float32       int32
 
+Rows that a tile has beyond those of the batch have scales of 0. What else lies there is multiplied
+too, and nobody reads the sums; but with scales left over from other data they would be denormal
+numbers, or not finite, which makes a CPU several times slower.
+
 A nibble q stands for q - 8. The kernels multiply with q as it is and start from the offset, which
 is -8 times the sum of the row's 32 values.
 """

@@ -59,7 +59,10 @@ def quantize(x: Any, first: int, last: int, activations: Any) -> None:
         before, t, place = cell_of(row, rows, b, blocks)
         cell = address_of(activations) + before
         half, total = round_block(x[row, 32 * b :], cell + 32 * place)
-        carray(float32_pointer(cell + 32 * t), (t,))[place] = half_to_float(half)
+        scales = carray(float32_pointer(cell + 32 * t), (t,))
+        scales[place] = half_to_float(half)
+        if row == rows - 1:
+            scales[place + 1 :] = 0  # see `layout`
         carray(int32_pointer(cell + 36 * t), (t,))[place] = -8 * total
 
 
