@@ -189,6 +189,7 @@ def _stored(tensor: Tensor) -> np.ndarray:
 
 
 def pytest_collection_finish() -> None:
+    prepare(print)  # kernels are compiled here, not within a test's time
     gc.freeze()  # workers collect garbage after each session: not all libraries each time
 
 

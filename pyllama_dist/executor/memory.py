@@ -100,8 +100,7 @@ def _buffer_bytes(program: Program, buffer: Buffer) -> int:
         return 4 * rows * buffer.width
     if buffer.rows == "experts":
         return most_tile_rows(rows, program.n_experts) * (buffer.width // BLOCK) * ROW_BYTES
-    # A small batch has small tiles, but never takes more than the largest one.
-    return activation_bytes(max(rows, 4), buffer.width)
+    return activation_bytes(rows, buffer.width)
 
 
 def _cache_shape(program: Program, cache: Cache) -> tuple[int, ...]:
