@@ -17,7 +17,7 @@ from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
-from pyllama_dist.net.frames import MAX_RAW
+from pyllama_dist.net.frames import MAX_RAW, checksum
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
@@ -266,7 +266,8 @@ class Root:
                         own = self._executor.memory.weights[index]
                         own[offset : offset + data.size] = data
                     else:
-                        self._channels[node - 1].send(WeightPart(index, offset), data.data)
+                        part = WeightPart(index, offset, checksum(data.data))
+                        self._channels[node - 1].send(part, data.data)
                     progress(data.size)
             self._executor.memory.settle(index)
             if index % 32 == 0:

@@ -16,6 +16,7 @@ from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.memory_use import resident_bytes
+from pyllama_dist.net.frames import check_raw
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
@@ -204,6 +205,7 @@ class _Session:
         end = part.offset + len(raw)
         if not raw:
             raise ProtocolError(f"weight {part.index} came without its bytes")
+        check_raw(raw, part.checksum)
         if part.offset != filled[part.index] or end > held[part.index].size:
             raise ProtocolError(
                 f"weight {part.index}: bytes {part.offset} to {end} after {filled[part.index]} of "

@@ -1,5 +1,6 @@
 """Whatever comes over the wire becomes a message or a ProtocolError, and takes little doing so."""
 
+import binascii
 import math
 import struct
 import tracemalloc
@@ -18,9 +19,13 @@ from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net.frames import (
     HEAD,
     MAX_CONTROL,
-    check_head,
+    check_frame,
+    check_raw,
+    checksum,
     decode,
     encode,
+    seal,
+    unseal,
     write_head,
 )
 from pyllama_dist.net.messages import (
@@ -84,7 +89,7 @@ messages = st.one_of(
     st.just(Meshed()),
     st.builds(Net, st.just(EMPTY), timeouts),
     st.builds(Allocated, sizes),
-    st.builds(WeightPart, st.integers(0, 1 << 24), sizes),
+    st.builds(WeightPart, st.integers(0, 1 << 24), sizes, st.integers(0, 2**32 - 1)),
     st.just(WeightsEnd()),
     st.just(Ready()),
     st.builds(Step, st.integers(0, 2**32 - 1), st.builds(Batch, widths, widths, widths)),
@@ -102,7 +107,7 @@ EXAMPLES = {
     Meshed: Meshed(),
     Net: Net(EMPTY, 60.0),
     Allocated: Allocated(1 << 30),
-    WeightPart: WeightPart(7, 1 << 20),
+    WeightPart: WeightPart(7, 1 << 20, 2**32 - 1),
     WeightsEnd: WeightsEnd(),
     Ready: Ready(),
     Step: Step(2**32 - 1, Batch((0, 1), (31, 0), (1,))),
@@ -113,10 +118,13 @@ EXAMPLES = {
 }
 
 
-def decoded(frame: bytes) -> Message | None:
-    """The message, or None if the frame was refused as it should be: in one line."""
+def decoded(packed: bytes) -> Message | None:
+    """The message, or None if the frame was refused as it should be: in one line.
+
+    Whoever means harm knows how to make a checksum.
+    """
     try:
-        return decode(frame)
+        return decode(seal(packed))
     except ProtocolError as refusal:
         reason = str(refusal)
     assert "\n" not in reason
@@ -132,7 +140,7 @@ def test_every_message_travels(kind):
     frame = encode(message)
     assert decode(frame) == message
     assert type(decode(memoryview(frame))) is kind
-    assert msgpack.unpackb(frame)["type"] == kind.__struct_config__.tag
+    assert msgpack.unpackb(unseal(frame))["type"] == kind.__struct_config__.tag
 
 
 @given(messages)
@@ -191,9 +199,11 @@ def test_the_least_and_the_most_are_understood():
         {"type": "bound", "doors": {"0": [1, ""]}},
         {"type": "peers", "addresses": ["a:1"] * 257, "doors": []},
         {"type": "allocated", "nbytes": (1 << 48) + 1},
-        {"type": "weight", "index": -1, "offset": 0},
-        {"type": "weight", "index": (1 << 24) + 1, "offset": 0},
-        {"type": "weight", "index": 0, "offset": (1 << 48) + 1},
+        {"type": "weight", "index": -1, "offset": 0, "checksum": 0},
+        {"type": "weight", "index": (1 << 24) + 1, "offset": 0, "checksum": 0},
+        {"type": "weight", "index": 0, "offset": (1 << 48) + 1, "checksum": 0},
+        {"type": "weight", "index": 0, "offset": 0, "checksum": 1 << 32},
+        {"type": "weight", "index": 0, "offset": 0},
         {"type": "step", "number": 1 << 32, "batch": {"slots": [], "positions": [], "logits": []}},
         {"type": "step", "number": 1, "batch": {"slots": [-1], "positions": [], "logits": []}},
         {"type": "step", "number": 1, "batch": {"slots": [], "positions": []}},
@@ -205,14 +215,14 @@ def test_the_least_and_the_most_are_understood():
 )
 def test_fields_out_of_bounds_are_refused(fields):
     with pytest.raises(ProtocolError, match=r"not a message|not msgpack"):
-        decode(msgpack.packb(fields))
+        decode(seal(msgpack.packb(fields)))
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, 86401.0, math.nan, math.inf, -math.inf, "1", None])
 def test_a_timeout_is_a_bounded_number(timeout):
     plain = msgspec.to_builtins(Net(EMPTY, 1.0)) | {"timeout": timeout}
     with pytest.raises(ProtocolError):
-        decode(msgpack.packb(plain))
+        decode(seal(msgpack.packb(plain)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
@@ -243,7 +253,7 @@ def test_fields_of_a_program_are_bounded(changes):
     plain = msgspec.to_builtins(Net(EMPTY, 1.0))
     plain["program"] |= changes
     with pytest.raises(ProtocolError, match="not a message"):
-        decode(msgpack.packb(plain))
+        decode(seal(msgpack.packb(plain)))
 
 
 def test_lists_above_the_limit_are_refused():
@@ -271,8 +281,8 @@ def test_a_key_that_comes_twice_is_no_way_around_a_check():
         b"\xc0",
         b"\x80",
         b"\x90",
-        encode(Bye()) + b"\x00",
-        encode(Bye())[:-1],
+        unseal(encode(Bye())).tobytes() + b"\x00",
+        unseal(encode(Bye())).tobytes()[:-1],
         msgpack.packb({b"type": b"bye"}),
         msgpack.packb({1: 2}),
         msgpack.packb({"type": "bye", (): 1}),
@@ -346,7 +356,7 @@ def test_random_msgpack_does_no_harm(value):
 @settings(max_examples=300)
 @given(st.sampled_from(list(EXAMPLES.values())), st.data())
 def test_damaged_frames_do_no_harm(message, data):
-    frame = bytearray(encode(message))
+    frame = bytearray(unseal(encode(message)))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(frame) - 1))
         match data.draw(st.sampled_from(("set", "cut", "insert"))):
@@ -364,13 +374,69 @@ def test_damaged_frames_do_no_harm(message, data):
 @settings(max_examples=150)
 @given(st.data())
 def test_damaged_programs_do_no_harm(programs, data):
-    frame = bytearray(encode(Net(data.draw(st.sampled_from(programs)), 60.0)))
+    frame = bytearray(unseal(encode(Net(data.draw(st.sampled_from(programs)), 60.0))))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     found = decoded(bytes(frame))
     if isinstance(found, Net):
         with suppress(ProtocolError):
             check_program(found.program)
+
+
+# --- checksums
+
+
+def changes(data: st.DataObject, sent: bytes) -> bytes:
+    """What a bad link makes of some bytes: up to 16 in a row are changed, gone, or come twice."""
+    first = data.draw(st.integers(0, len(sent) - 1))
+    last = data.draw(st.integers(first + 1, first + 16))
+    damaged = sent[first:last]
+    after = sent[last:]
+    match data.draw(st.sampled_from(("change", "drop", "repeat"))):
+        case "change":
+            masks = data.draw(st.binary(min_size=len(damaged), max_size=len(damaged)))
+            damaged = bytes(byte ^ mask for byte, mask in zip(damaged, masks, strict=True))
+        case "drop":
+            damaged = b""
+        case "repeat":
+            damaged += damaged
+    return sent[:first] + damaged + after
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(list(EXAMPLES.values())), st.data())
+def test_a_control_frame_that_a_link_has_changed_is_refused(message, data):
+    sent = encode(message)
+    came = changes(data, sent)
+    assume(came != sent)
+    with pytest.raises(ProtocolError, match="does not match its checksum"):
+        decode(came)
+
+
+def test_a_control_frame_of_a_version_without_checksums_is_told_so():
+    with pytest.raises(ProtocolError, match="another version of pyllama-dist"):
+        decode(msgpack.packb({"type": "bye"}))
+
+
+@settings(max_examples=300)
+@given(st.binary(min_size=1, max_size=200), st.binary(min_size=16, max_size=16), st.data())
+def test_a_data_frame_that_a_link_has_changed_is_refused(sent, after, data):
+    """Bytes that are gone let those of the next frame move up."""
+    frame = exchange(7, 8, sent)
+    came = (changes(data, bytes(frame)) + after)[: len(frame)]
+    assume(came != frame)
+    with pytest.raises(ProtocolError):
+        check_frame(memoryview(came), len(frame), 7, 8)
+
+
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_a_raw_frame_that_a_link_has_changed_is_refused(sent, data):
+    expected = checksum(sent)
+    check_raw(sent, expected)
+    came = changes(data, sent)
+    assume(came != sent)
+    with pytest.raises(ProtocolError, match="does not match its checksum"):
+        check_raw(memoryview(came), expected)
 
 
 # --- heads of exchanges
@@ -387,16 +453,16 @@ def exchange(step: int, sync: int, data: bytes) -> memoryview:
 @given(uint32s, uint32s, st.binary(max_size=100))
 def test_an_exchange_is_valid_msgpack(step, sync, data):
     frame = exchange(step, sync, data)
-    assert msgpack.unpackb(frame) == [step, sync, data]
-    check_head(frame, len(frame), step, sync)
+    assert msgpack.unpackb(frame) == [step, sync, binascii.crc32(data), data]
+    check_frame(frame, len(frame), step, sync)
 
 
-@pytest.mark.parametrize("bit", range(8 * HEAD))
-def test_a_flipped_bit_in_a_head_is_noticed(bit):
+@pytest.mark.parametrize("bit", range(8 * (HEAD + 4)))
+def test_a_flipped_bit_in_an_exchange_is_noticed(bit):
     frame = exchange(0x01020304, 77, b"data")
     frame[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ProtocolError):
-        check_head(frame, len(frame), 0x01020304, 77)
+        check_frame(frame, len(frame), 0x01020304, 77)
 
 
 @given(uint32s, uint32s, uint32s, uint32s)
@@ -405,11 +471,11 @@ def test_another_step_or_sync_is_named(step, sync, other_step, other_sync):
     frame = exchange(other_step, other_sync, b"data")
     complaint = f"expected step {step} sync {sync}, received step {other_step} sync {other_sync}"
     with pytest.raises(ProtocolError, match=complaint):
-        check_head(frame, len(frame), step, sync)
+        check_frame(frame, len(frame), step, sync)
 
 
-@pytest.mark.parametrize("received", [0, 15, 16, 19, 21, 1 << 20])
+@pytest.mark.parametrize("received", [0, 20, 21, 24, 26, 1 << 20])
 def test_an_exchange_of_another_length_is_refused(received):
     frame = exchange(1, 2, b"data")
-    with pytest.raises(ProtocolError, match=f"{received} bytes instead of 20"):
-        check_head(frame, received, 1, 2)
+    with pytest.raises(ProtocolError, match=f"{received} bytes instead of 25"):
+        check_frame(frame, received, 1, 2)

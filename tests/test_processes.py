@@ -26,7 +26,7 @@ from pyllama_dist.config import Arch, FloatType, ModelConfig
 from pyllama_dist.formats import header
 from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL
+from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, seal, unseal
 from pyllama_dist.net.messages import PROTOCOL
 
 pytestmark = pytest.mark.timeout(90)
@@ -310,12 +310,12 @@ class Stranger:
     def ask(self, *frames: bytes) -> dict[str, object]:
         self.socket.send_multipart(frames)
         assert self.socket.poll(10_000), "no answer"
-        return msgpack.unpackb(self.socket.recv())
+        return msgpack.unpackb(unseal(self.socket.recv()))
 
 
 def hello(protocol: int) -> bytes:
     fields = {"type": "hello", "protocol": protocol, "version": "9.9", "session": bytes(16)}
-    return msgpack.packb(fields)
+    return seal(msgpack.packb(fields))
 
 
 def test_a_root_of_another_protocol_version_is_told_both_versions(worker):
@@ -337,14 +337,14 @@ def test_a_worker_of_another_protocol_version_is_named():
     try:
         assert router.poll(30_000)
         identity, _ = router.recv_multipart()
-        fields = {"type": "welcome", "protocol": 7, "version": "9", "n_threads": 1, "memory": 1}
-        router.send_multipart([identity, msgpack.packb(fields)])
+        fields = {"type": "welcome", "protocol": 99, "version": "9", "n_threads": 1, "memory": 1}
+        router.send_multipart([identity, seal(msgpack.packb(fields))])
         code, _, said = asking.end()
     finally:
         asking.stop()
         router.close()
     assert code == 4
-    assert f"worker 127.0.0.1:{port} speaks protocol 7" in said
+    assert f"worker 127.0.0.1:{port} speaks protocol 99" in said
 
 
 @pytest.mark.parametrize(
@@ -353,12 +353,13 @@ def test_a_worker_of_another_protocol_version_is_named():
         [b""],
         [b"\xc1"],
         [random.Random(1).randbytes(1000)],
-        [msgpack.packb({"type": "step"})],
-        [msgpack.packb([1, 2, 3])],
+        [hello(PROTOCOL)[:-5]],
+        [seal(msgpack.packb({"type": "step"}))],
+        [seal(msgpack.packb([1, 2, 3]))],
         [hello(PROTOCOL), b"x", b"y"],
         [b"\x00" * (MAX_CONTROL + 1)],
     ],
-    ids=["empty", "reserved", "random", "incomplete", "array", "frames", "large"],
+    ids=["empty", "reserved", "random", "unsealed", "incomplete", "array", "frames", "large"],
 )
 def test_nonsense_is_answered_with_an_error_and_the_worker_serves_on(worker, frames):
     one = worker()
@@ -425,9 +426,9 @@ def test_a_root_that_goes_while_weights_are_sent_is_noticed(worker):
     door.connect(f"tcp://{one.address}")
 
     def ask(answer: str, **fields: object) -> dict[str, object]:
-        door.send(msgpack.packb(fields))
+        door.send(seal(msgpack.packb(fields)))
         assert door.poll(10_000)
-        found = msgpack.unpackb(door.recv())
+        found = msgpack.unpackb(unseal(door.recv()))
         assert found["type"] == answer, found
         return found
 
@@ -436,7 +437,7 @@ def test_a_root_that_goes_while_weights_are_sent_is_noticed(worker):
     ((port, _),) = ask("bound", type="join", node=1, n_nodes=2)["doors"]
     data = context.socket(zmq.PAIR)
     data.connect(f"tcp://127.0.0.1:{port}")
-    data.send(msgpack.packb({"type": "link", "session": session, "node": 0}))
+    data.send(seal(msgpack.packb({"type": "link", "session": session, "node": 0})))
     ask("meshed", type="peers", addresses=["the root", one.address], doors=[])
     context.destroy(linger=0)
     one.output("lost the root: .* in phase NET; listening again", timeout=10)

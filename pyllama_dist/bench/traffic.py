@@ -1,6 +1,6 @@
 """What each node puts on the wire, worked out from its program.
 
-Only the exchanges of steps count, with their heads of 16 bytes; the root's `step` messages and what
+Only the exchanges of steps count, with their heads of 21 bytes; the root's `step` messages and what
 ZeroMQ and TCP add are not in it. Workers are not asked: bytes follow from pipes and syncs.
 """
 

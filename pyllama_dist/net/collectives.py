@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyllama_dist.errors import ProtocolError
-from pyllama_dist.net.frames import HEAD, check_head, write_head
+from pyllama_dist.net.frames import HEAD, check_frame, write_head
 from pyllama_dist.net.transport import Mesh
 from pyllama_dist.program import SyncKind
 
@@ -60,7 +60,7 @@ class Exchange:
             n_nodes: all nodes.
             sync: place of the sync in the program.
         """
-        self._mesh, self._pipe, self._sync = mesh, pipe, sync
+        self._mesh, self._pipe, self._node, self._sync = mesh, pipe, node, sync
         part = partners(kind, node, n_nodes)
         self._own, self._to, self._sources = part.own, part.to, part.sources
         self._rows = 0  # that the frames below hold
@@ -91,9 +91,10 @@ class Exchange:
         moved = len(self._to) * len(self._sent)
         for other, received in self._mesh.exchange(self._to, self._sent, self._received, timeout):
             try:
-                check_head(self._received[other], received, step, self._sync)
+                check_frame(self._received[other], received, step, self._sync)
             except ProtocolError as error:
-                raise ProtocolError(f"node {other}: {error}") from None
+                ends = f"{self._mesh.names[self._node]} and {self._mesh.names[other]}"
+                raise ProtocolError(f"the link of {ends}: {error}") from None
             moved += received
         return moved
 

@@ -159,7 +159,7 @@ class InprocMesh:
         self._inbox = _Inbox()
         self._peers: dict[int, InprocMesh] = {}
         self._node = -1
-        self._names: Sequence[str] = ()
+        self.names: Sequence[str] = ()
 
     def bind(self, nodes: Sequence[int]) -> list[Door]:
         """See `Mesh`."""
@@ -176,7 +176,7 @@ class InprocMesh:
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""
-        self._node, self._names = node, names
+        self._node, self.names = node, names
         deadline = time.monotonic() + timeout
         others = [i for i in range(len(names)) if i != node]
         while len(self._peers) < len(others):
@@ -228,10 +228,10 @@ class InprocMesh:
         try:
             found = self._inbox.get(set(nodes), deadline)
         except LookupError as gone:
-            name = self._names[gone.args[0]]
+            name = self.names[gone.args[0]]
             raise LostError("it closed the connection", name) from None
         if found is None:
-            names = ", ".join(self._names[node] for node in sorted(nodes))
+            names = ", ".join(self.names[node] for node in sorted(nodes))
             raise LostError(f"sent nothing for {timeout:.0f} s", names)
         sender, frames = found
         if not isinstance(sender, int):

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from pyllama_dist.program import Batch, Program
 
-PROTOCOL = 5  # version of the protocol
+PROTOCOL = 6  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -101,6 +101,7 @@ class WeightPart(_Message, frozen=True, tag="weight"):
 
     index: Annotated[int, Meta(ge=0, le=1 << 24)]
     offset: Size
+    checksum: Annotated[int, Meta(ge=0, lt=1 << 32)]  # of the raw frame
 
 
 class WeightsEnd(_Message, frozen=True, tag="weights_end"):

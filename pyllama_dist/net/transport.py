@@ -88,6 +88,8 @@ class Channel(Protocol):
 class Mesh(Protocol):
     """The data connections of one node to all others."""
 
+    names: Sequence[str]  # addresses of all nodes, known once they have greeted each other
+
     def bind(self, nodes: Sequence[int]) -> list[Door]:
         """Opens a door for each of these nodes."""
 

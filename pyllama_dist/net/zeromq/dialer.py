@@ -5,10 +5,10 @@ from contextlib import suppress
 
 import zmq
 
-from pyllama_dist.errors import NodeError
+from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.net import frames as wire
 from pyllama_dist.net.messages import Message
-from pyllama_dist.net.transport import Address, Channel, LostError, Mesh, Raw
+from pyllama_dist.net.transport import ROOT, Address, Channel, LostError, Mesh, Raw
 from pyllama_dist.net.zeromq.mesh import ZmqMesh
 from pyllama_dist.net.zeromq.sockets import (
     CLOSED,
@@ -92,7 +92,10 @@ class _DealerChannel:
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._wait(zmq.POLLIN, deadline):
             raise LostError(f"it did not answer in {timeout:.0f} s", self.address)
-        return parse(self._socket.recv_multipart(copy=False))
+        try:
+            return parse(self._socket.recv_multipart(copy=False))
+        except ProtocolError as error:
+            raise ProtocolError(f"the link of {ROOT} and {self.address}: {error}") from None
 
     def close(self, last: Message | None = None) -> None:
         """See `Channel`."""

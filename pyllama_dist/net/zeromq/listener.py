@@ -173,7 +173,11 @@ class _RouterChannel:
         while (taken := self._listener.take()) is not None:
             identity, frames = taken
             if identity == self._identity:
-                return parse(frames)
+                try:
+                    return parse(frames)
+                except errors.ProtocolError as error:
+                    where = f"the link of {ROOT} and {self._listener.address}"
+                    raise errors.ProtocolError(f"{where}: {error}") from None
             busy = f"busy: this worker serves the root at {self.address}; try later"
             self._listener.refuse(identity, frames, busy)
         return None

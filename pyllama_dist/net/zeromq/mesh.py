@@ -70,7 +70,7 @@ class ZmqMesh:
     def __init__(self, context: Context, host: str) -> None:
         self._context, self._host = context, host
         self._peers: dict[int, _Peer] = {}
-        self._names: Sequence[str] = ()
+        self.names: Sequence[str] = ()
         self._rests = 0  # exchanges to come that sleep at once
         self._next_rests = RESTS[0]
 
@@ -90,7 +90,7 @@ class ZmqMesh:
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""
-        self._names = names
+        self.names = names
         deadline = time.monotonic() + timeout
         link = wire.encode(Link(session, node))
         # Who connects speaks first: only then does the other end know that it is not alone.
@@ -133,7 +133,7 @@ class ZmqMesh:
             except zmq.Again:
                 self.check()
                 if time.monotonic() > deadline:
-                    names = [self._names[i] for i in late if not readable(self._peers[i].socket)]
+                    names = [self.names[i] for i in late if not readable(self._peers[i].socket)]
                     if names:
                         detail = f"sent nothing for {timeout:.0f} s"
                         raise LostError(detail, ", ".join(names)) from None
@@ -214,7 +214,7 @@ class ZmqMesh:
             except zmq.Again:
                 pass
             if time.monotonic() > deadline or not self._poll([(socket, zmq.POLLOUT)], deadline):
-                raise LostError("no room to send to it; is it reachable?", self._names[node])
+                raise LostError("no room to send to it; is it reachable?", self.names[node])
 
     def _see_off(self, node: int, tracker: zmq.MessageTracker, deadline: float) -> None:
         """Waits until ZeroMQ has let go of a frame: it was sent, or its connection is gone."""
@@ -224,7 +224,7 @@ class ZmqMesh:
                 return
             self.check()
             if time.monotonic() > deadline:
-                raise LostError("it does not take what is sent", self._names[node])
+                raise LostError("it does not take what is sent", self.names[node])
 
     def _poll(self, watched: Sequence[Watched], deadline: float | None) -> bool:
         """Waits until one of the sockets is ready, or a stranger was turned away; whether so.
@@ -239,7 +239,7 @@ class ZmqMesh:
                 continue
             for _, connection in events(peer.monitor):
                 if peer.connection in (None, connection):
-                    if not self._names:
+                    if not self.names:
                         raise NodeError("a node was lost before it said who it is")
-                    raise LostError(CLOSED, self._names[node])
+                    raise LostError(CLOSED, self.names[node])
         return bool(ready)
