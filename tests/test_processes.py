@@ -26,8 +26,9 @@ from pyllama_dist.config import Arch, FloatType, ModelConfig
 from pyllama_dist.formats import header
 from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, seal, unseal
-from pyllama_dist.net.messages import PROTOCOL
+from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, encode, seal, unseal
+from pyllama_dist.net.messages import PROTOCOL, Welcome
+from pyllama_dist.node_info import node_info
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -337,8 +338,7 @@ def test_a_worker_of_another_protocol_version_is_named():
     try:
         assert router.poll(30_000)
         identity, _ = router.recv_multipart()
-        fields = {"type": "welcome", "protocol": 99, "version": "9", "n_threads": 1, "memory": 1}
-        router.send_multipart([identity, seal(msgpack.packb(fields))])
+        router.send_multipart([identity, encode(Welcome(99, "9", bytes(16), node_info(1)))])
         code, _, said = asking.end()
     finally:
         asking.stop()
