@@ -135,8 +135,10 @@ class Workers:
                     f"this root"
                 )
             if culprits[0] in visited or culprits[0] not in complaints:
+                order = [ROOT, *(channel.address for channel in self.channels)]
+                ends = " - ".join(sorted((reporter, culprits[0]), key=order.index))
                 return NodeError(
-                    f"lost the link {reporter} - {culprits[0]} in phase {self.phase}: "
+                    f"lost the link {ends} in phase {self.phase}: "
                     f"{complaint.detail}; both ends are there: check the network between them, "
                     f"then start this root again"
                 )
