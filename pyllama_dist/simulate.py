@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from pyllama_dist.cluster.bring_up import bring_up
+from pyllama_dist.cluster.load import WeightSource
 from pyllama_dist.net.collectives import AUTO
 from pyllama_dist.net.inproc import Hub, InprocListener
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.program import Program
-from pyllama_dist.root import Root, WeightSource
+from pyllama_dist.root import Root
 from pyllama_dist.worker import serve
 
 
@@ -41,9 +43,9 @@ def simulated_root(
     for thread in threads:
         thread.start()
     try:
-        with Root(
+        with bring_up(
             source,
-            programs,
+            lambda nodes: programs,
             n_threads=n_threads,
             timeout=timeout,
             collective=collective,

@@ -5,6 +5,7 @@ The phases and messages are those of `net/PROTOCOL.md`.
 
 import gc
 import logging
+import secrets
 from typing import TypeVar
 
 import numpy as np
@@ -41,11 +42,13 @@ from pyllama_dist.net.messages import (
 )
 from pyllama_dist.net.transport import Address, Channel, Listener, LostError, Mesh, Raw
 from pyllama_dist.node import Node
+from pyllama_dist.node_info import node_info
 from pyllama_dist.validate import check_batch, check_program
 
 log = logging.getLogger("pyllama_dist")
 
-_TALK_SECONDS = 15.0  # between messages while nodes get to know each other
+_TALK_SECONDS = 20.0  # between messages while nodes get to know each other: the root's come first
+_GREET_SECONDS = 15.0
 _LOAD_SECONDS = 300.0  # between messages while weights are sent: other workers may be slower
 
 _M = TypeVar("_M")
@@ -62,16 +65,18 @@ def serve(listener: Listener, n_threads: int) -> None:
         listener: where roots knock.
         n_threads: threads that compute, at least 1.
     """
+    worker = secrets.token_bytes(16)
     while True:
         channel, first = listener.accept()
-        _Session(channel, listener.mesh(), n_threads).run(first)
+        _Session(worker, channel, listener.mesh(), n_threads).run(first)
         gc.collect()  # weights of the last session go before those of the next one come
 
 
 class _Session:
     """One root, from its hello until it leaves."""
 
-    def __init__(self, channel: Channel, mesh: Mesh, n_threads: int) -> None:
+    def __init__(self, worker: bytes, channel: Channel, mesh: Mesh, n_threads: int) -> None:
+        self.worker = worker
         self.channel, self.mesh, self.n_threads = channel, mesh, n_threads
         self.phase = Phase.HELLO
         self.last: Error | None = None  # why the session is over, for the root
@@ -87,6 +92,9 @@ class _Session:
                 self.steps(Node(net.program, executor, self.mesh, net.timeout, net.collective))
         except _RootSaidBye:
             log.info("the root said bye; listening again")
+        except KeyboardInterrupt:
+            self.last = Error(self.phase, "it was ended; start it again, then this root")
+            raise
         except LostError as lost:
             log.warning("%s, in phase %s; listening again", lost, self.phase)
             self.last = Error(self.phase, lost.detail[:4096], lost.culprit)
@@ -134,8 +142,8 @@ class _Session:
                 f"the root speaks protocol {hello.protocol} (pyllama-dist {hello.version}), this "
                 f"worker {PROTOCOL} (pyllama-dist {__version__}); install the same version on both"
             )
-        memory = psutil.virtual_memory().available
-        self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory))
+        info = node_info(self.n_threads)
+        self.channel.send(Welcome(PROTOCOL, __version__, self.worker, info))
         return hello.session
 
     def peers(self, session: bytes) -> tuple[int, int]:
@@ -156,7 +164,7 @@ class _Session:
                 for node, door in zip(higher, peers.doors, strict=True)
             }
         )
-        self.mesh.greet(session, join.node, peers.addresses, _TALK_SECONDS)
+        self.mesh.greet(session, join.node, peers.addresses, _GREET_SECONDS)
         self.channel.send(Meshed())
         log.info("node %d of %d, root %s", join.node, join.n_nodes, self.channel.address)
         return join.node, join.n_nodes

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pyllama_dist import cluster as cluster_module
 from pyllama_dist.bench import machine, report, serve, shapes
 from pyllama_dist.bench.measure import Bench, Result, Run, matrix_bytes, measure, plan_tests
 from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
@@ -23,6 +22,7 @@ from pyllama_dist.bench.session import open_session
 from pyllama_dist.bench.traffic import Traffic
 from pyllama_dist.cli import main
 from pyllama_dist.cluster import Cluster, programs
+from pyllama_dist.cluster import plan as plan_module
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
 from pyllama_dist.net.collectives import ALGORITHMS
@@ -473,7 +473,7 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync, collect
             serve_roots(door, 1)
         door.close()
 
-    monkeypatch.setattr(cluster_module, "MAX_ROWS", 8)  # most batches of a prompt want no logits
+    monkeypatch.setattr(plan_module, "MAX_ROWS", 8)  # most batches of a prompt want no logits
     doors = [OneRoot("127.0.0.1", 0) for _ in range(2)]
     threads = [Thread(target=work, args=(door,), daemon=True) for door in doors]
     for thread in threads:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyllama_dist.validate import check_program
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.executor import make_executor
@@ -27,6 +26,7 @@ from pyllama_dist.net.inproc import Hub
 from pyllama_dist.node import Node
 from pyllama_dist.program import REDUCED, AllReduce, Batch, Buffer, Pipe, Program, Segment
 from pyllama_dist.simulate import simulated_root
+from pyllama_dist.validate import check_program
 from pyllama_kernels.blocks import dequantize_q80, quantize_q80
 
 pytestmark = pytest.mark.timeout(120)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllama_dist.cluster.bring_up import bring_up
 from pyllama_dist.config import FloatType
 from pyllama_dist.engine import Engine
 from pyllama_dist.errors import UsageError
-from pyllama_dist.root import Root
 
 PROMPT = (5, 9, 2, 100, 0, 9, 77, 31, 8, 8)
 
@@ -24,7 +24,7 @@ def make_engine(tiny, request):
     def make(**limits) -> Engine:
         model = tiny(weights=FloatType.Q40)
         limits = {"max_rows": 4, "max_logits": 3, "seq_len": 32} | limits
-        root = Root(model, model.programs(1, **limits), n_threads=1)
+        root = bring_up(model, lambda nodes: model.programs(1, **limits), n_threads=1)
         request.addfinalizer(root.close)
         return Engine(root)
 
@@ -123,7 +123,10 @@ def test_the_same_prompt_again_computes_its_last_token_alone(engine, monkeypatch
 def test_what_is_cached_never_changes_an_answer(tiny, turns):
     model = tiny(weights=FloatType.Q40)
     programs = model.programs(1, max_rows=4, seq_len=32)
-    with Root(model, programs, n_threads=1) as one, Root(model, programs, n_threads=1) as other:
+    with (
+        bring_up(model, lambda nodes: programs, n_threads=1) as one,
+        bring_up(model, lambda nodes: programs, n_threads=1) as other,
+    ):
         engine, text = Engine(one), []
         for kept, added in turns:
             prompt = [*text[:kept], *added]

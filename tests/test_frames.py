@@ -39,6 +39,7 @@ from pyllama_dist.net.messages import (
     Meshed,
     Message,
     Net,
+    NodeInfo,
     Peers,
     Phase,
     Ready,
@@ -100,7 +101,7 @@ messages = st.one_of(
 
 EXAMPLES = {
     Hello: Hello(1, "0.1.0", bytes(range(16))),
-    Welcome: Welcome(1, "0.1.0", 4, 1 << 33),
+    Welcome: Welcome(1, "0.1.0", bytes(16), NodeInfo(4, 8, 1 << 33, "avx2", "a CPU", bytes(16))),
     Join: Join(1, 2),
     Bound: Bound(((1234, "@pyllama-dist-" + 32 * "a"), (65535, ""))),
     Peers: Peers(("the root", "10.0.0.2:9990"), ((4000, ""),)),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from pyllama_dist import root as root_module
 from pyllama_dist import worker as worker_module
+from pyllama_dist.cluster import bring_up as bring_up_module
+from pyllama_dist.cluster.bring_up import bring_up
 from pyllama_dist.config import Arch, FloatType
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.executor import make_executor
@@ -32,8 +33,8 @@ from pyllama_dist.net.messages import (
     Welcome,
 )
 from pyllama_dist.net.transport import Address, LostError
+from pyllama_dist.node_info import node_info
 from pyllama_dist.program import Batch, weights
-from pyllama_dist.root import Root
 from pyllama_dist.simulate import simulated_root
 
 TOKENS = (5, 9, 2, 100, 0, 9, 77)
@@ -70,7 +71,7 @@ def executors(monkeypatch):
         made[program.node] = make_executor(program, n_threads)
         return made[program.node]
 
-    monkeypatch.setattr(root_module, "make_executor", recorded)
+    monkeypatch.setattr(bring_up_module, "make_executor", recorded)
     monkeypatch.setattr(worker_module, "make_executor", recorded)
     return made
 
@@ -180,11 +181,17 @@ def test_bytes_of_weights_and_exchanges_are_counted(tiny, run_of, serving):
     hub = Hub()
     with (
         serving(hub, 2) as addresses,
-        Root(
-            model, programs, n_threads=1, dialer=hub, workers=addresses, progress=placed.append
+        bring_up(
+            model,
+            lambda nodes: programs,
+            n_threads=1,
+            dialer=hub,
+            workers=addresses,
+            progress=lambda done, total: placed.append((done, total)),
         ) as root,
     ):
-        assert sum(placed) == sum(w.nbytes for program in programs for w in weights(program))
+        total = sum(w.nbytes for program in programs for w in weights(program))
+        assert placed[-1] == (total, total)
         root.step((1,), run_of(0, (1,)))
         dim, vocab, head = 64, 101, 16
         to_workers = 2 * (4 * dim + head)
@@ -207,8 +214,14 @@ def served(serving, model, count=1):
 
 
 def connect(model, hub, addresses):
-    programs = model.programs(len(addresses) + 1)
-    return Root(model, programs, n_threads=1, timeout=20, dialer=hub, workers=addresses)
+    return bring_up(
+        model,
+        lambda nodes: model.programs(len(nodes)),
+        n_threads=1,
+        timeout=20,
+        dialer=hub,
+        workers=addresses,
+    )
 
 
 def test_a_worker_serves_one_root_after_the_other(tiny, run_of, serving, alone):
@@ -224,7 +237,7 @@ def test_a_root_that_goes_in_the_middle_of_a_step(tiny, run_of, serving):
     with served(serving, model, 2) as (hub, addresses):
         root = connect(model, hub, addresses)
         root.step((1,), run_of(0, (1,)))
-        for channel in root._channels:
+        for channel in root._workers.channels:
             channel.send(Step(2, run_of(1, (1,))))
         root.close(KeyboardInterrupt())
 
@@ -233,9 +246,9 @@ def test_a_root_that_leaves_without_a_word(tiny, serving):
     model = tiny()
     with served(serving, model, 2) as (hub, addresses):
         root = connect(model, hub, addresses)
-        for channel in root._channels:
+        for channel in root._workers.channels:
             channel.close()
-        root._channels = []
+        root._workers.channels = []
         root.close()
 
 
@@ -297,7 +310,7 @@ def test_a_welcome_of_another_protocol_is_named(tiny):
                 channel.send = send
                 send(message)
                 other, _ = door.accept()
-                other.send(Welcome(PROTOCOL + 1, "9.9", 1, 0))
+                other.send(Welcome(PROTOCOL + 1, "9.9", bytes(16), node_info(1)))
 
             channel.send = answered
             return channel
@@ -305,7 +318,7 @@ def test_a_welcome_of_another_protocol_is_named(tiny):
     model = tiny()
     said = f"{address} speaks protocol {PROTOCOL + 1} .*9.9.*same version"
     with pytest.raises(NodeError, match=said):
-        Root(model, model.programs(2), n_threads=1, dialer=Foreign(), workers=[address])
+        bring_up(model, lambda nodes: [], n_threads=1, dialer=Foreign(), workers=[address])
 
 
 def test_a_source_that_fails_ends_the_session(tiny, serving, monkeypatch):
@@ -512,7 +525,9 @@ def test_an_exchange_that_never_comes_is_a_deadline(talk):
 
 
 @pytest.mark.parametrize("phase", ["hello", "meshed", "allocated", "ready"])
-@pytest.mark.parametrize("last", [Bye(), Error(Phase.NET, "no"), Welcome(1, "", 1, 0), None])
+@pytest.mark.parametrize(
+    "last", [Bye(), Error(Phase.NET, "no"), Welcome(1, "", bytes(16), node_info(1)), None]
+)
 def test_a_worker_listens_again_whenever_and_however_its_root_leaves(talk, phase, last):
     if phase == "hello":
         talk.ask(Hello(PROTOCOL, "test", talk.session), Welcome)

@@ -26,8 +26,9 @@ from pyllama_dist.config import Arch, FloatType, ModelConfig
 from pyllama_dist.formats import header
 from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, seal, unseal
-from pyllama_dist.net.messages import PROTOCOL
+from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, encode, seal, unseal
+from pyllama_dist.net.messages import PROTOCOL, Welcome
+from pyllama_dist.node_info import node_info
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -337,8 +338,7 @@ def test_a_worker_of_another_protocol_version_is_named():
     try:
         assert router.poll(30_000)
         identity, _ = router.recv_multipart()
-        fields = {"type": "welcome", "protocol": 99, "version": "9", "n_threads": 1, "memory": 1}
-        router.send_multipart([identity, seal(msgpack.packb(fields))])
+        router.send_multipart([identity, encode(Welcome(99, "9", bytes(16), node_info(1)))])
         code, _, said = asking.end()
     finally:
         asking.stop()
@@ -495,3 +495,176 @@ def test_the_whole_way_with_local_workers():
     assert answer["finish_reason"] == "stop"
     assert answer["text"]
     assert "demonstration" in result.stderr
+
+
+def state(pid: int) -> str:
+    """What /proc says of a process: T is stopped; empty: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
+
+
+def child(asking: Process) -> psutil.Process:
+    """The local worker of a root, as soon as there is one."""
+    while not (children := psutil.Process(asking.pid).children()):
+        time.sleep(0.01)
+    return children[0]
+
+
+# A root that gives its local workers two seconds to start.
+HASTY = """
+from pyllama_dist.cli import main
+from pyllama_dist.cluster import local_workers
+local_workers._START_SECONDS = 2.0
+main()
+"""
+
+
+def test_a_local_worker_stopped_while_it_starts_is_given_up_and_killed(run):
+    command = [sys.executable, "-c", HASTY]
+    asking = run("root", "--prompt", "hi", "--local-workers", "1", command=command)
+    started = child(asking)
+    started.suspend()
+    code, _, said = asking.end(timeout=40)
+    assert code == 4
+    assert "a local worker did not start: not ready after 2 s" in said
+    assert not state(started.pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_local_worker_ends_with_its_root(run, endless, number):
+    asking = run("root", "--model", str(endless), *LONG, "--local-workers", "1")
+    asking.output(r"\S", "stdout")
+    stopped = child(asking)
+    stopped.suspend()
+    os.kill(asking.pid, number)
+    code, _, _ = asking.end(timeout=15)
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    deadline = time.monotonic() + 5
+    while state(stopped.pid) not in ("", "Z") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state(stopped.pid) in ("", "Z")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_is_ended_in_a_session_says_so(worker, run, endless, number):
+    one = worker()
+    asking = run("root", "--model", str(endless), *LONG, "--workers", one.address)
+    asking.output(r"\S", "stdout")
+    os.kill(one.pid, number)
+    assert one.end(timeout=10)[0] == 0
+    code, _, said = asking.end(timeout=10)
+    assert code == 4
+    assert f"worker {one.address} in phase" in said
+    assert "it was ended" in said
+
+
+# ^C passes through code made of a string, as in `exec` of a library, and is caught.
+PASSING = """
+import signal, sys
+from pyllama_dist import cli
+def run(**how):
+    exec("import signal; signal.raise_signal(signal.SIGINT)")
+cli.group = run
+cli.main()
+"""
+
+
+def test_an_interrupted_command_ends_with_130_whatever_was_interrupted(run):
+    code, _, said = run(command=[sys.executable, "-c", PASSING]).end()
+    assert (code, said) == (130, "interrupted\n")
+
+
+# A signal comes where Python drops its exception.
+DROPPING = """
+import signal, time
+from pyllama_dist import interrupt
+from pyllama_dist.net.zeromq import sockets
+interrupt.install()
+class Frame:
+    def __del__(self):
+        signal.raise_signal(signal.{name})
+Frame()
+print("dropped", flush=True)
+sockets.poll([], None)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_was_dropped_is_seen_at_the_next_wait(run, name):
+    process = run(command=[sys.executable, "-c", DROPPING.format(name=name)])
+    _, out, said = process.end(timeout=20)
+    assert out == "dropped\n"
+    assert "KeyboardInterrupt" in said
+
+
+def test_brackets_around_an_ipv6_host_are_taken(run):
+    one = run("worker", "--host", "[::1]", "--port", "0", "--nthreads", "1")
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        one.address = one.output(r"listens on (\[::1\]:\d+),")[1]
+        answers(one)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that follow each other, free now."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            start = first.getsockname()[1]
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            for port in range(start, start + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return list(range(start, start + count))
+
+
+def test_data_ports_can_be_chosen(worker, run, endless):
+    ports = free_ports(2)
+    one = worker(elsewhere=True)
+    two = worker("--data-ports", f"{ports[0]}-{ports[1]}", elsewhere=True)
+    asking = run("root", "--model", str(endless), *LONG, "--workers", one.address, two.address)
+    asking.output(r"\S", "stdout")
+    listening = {
+        connection.laddr.port
+        for connection in psutil.Process(two.pid).net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert set(ports) < listening
+    os.kill(asking.pid, signal.SIGINT)
+    asking.end()
+    two.output("listening again")
+    three = worker("--data-ports", f"{ports[0]}-{ports[0]}")
+    said = one_line(root("--prompt", "hi", "--workers", one.address, three.address))
+    assert f"worker {three.address} in phase PEERS: no port is free in --data-ports" in said
+
+
+@pytest.mark.parametrize("ports", ["9991", "0-5", "9-8", "1-70000", "a-b"])
+def test_data_ports_that_are_no_range(run, ports):
+    code, _, said = run("worker", "--data-ports", ports).end()
+    assert code == 2
+    assert f"--data-ports '{ports}' is no range of ports" in said
+
+
+# A worker behind a firewall: its data ports swallow whoever comes.
+FIREWALL = """
+import socket
+from pyllama_dist import worker
+from pyllama_dist.cli import main
+from pyllama_dist.cluster import connect
+from pyllama_dist.net.zeromq.mesh import ZmqMesh
+worker._GREET_SECONDS = 2.0
+silent = socket.create_server(("127.0.0.1", 0), backlog=0)
+port = silent.getsockname()[1]
+bind = ZmqMesh.bind
+ZmqMesh.bind = lambda mesh, nodes: [(port, "") for _ in bind(mesh, nodes)]
+main()
+"""
+
+
+def test_a_data_port_that_cannot_be_reached_is_named_and_a_firewall(run):
+    one = run("worker", "--port", "0", command=[sys.executable, "-c", FIREWALL])
+    one.address = one.output(r"listens on (\S+),")[1]
+    said = one_line(root("--prompt", "hi", "--workers", one.address))
+    assert f"the link the root - {one.address}" in said
+    assert re.search(rf"does a firewall close port \d+ of {one.address}\?", said)
+    assert "--data-ports" in said

@@ -85,3 +85,17 @@ def test_no_weight_is_used_that_a_link_has_damaged(relay, ask, workers, kind):
     assert (code, said) == (4, "")
     assert workers[0] in errors
     assert "WEIGHTS" in errors
+
+
+@pytest.mark.parametrize("kind", ["cut", "half-close"])
+@pytest.mark.parametrize("name", ["0-2", "1-2"])
+@pytest.mark.parametrize("way", ["forth", "back"])
+def test_both_ends_of_a_link_that_ends_are_named(relay, ask, workers, name, kind, way):
+    asking = ask()
+    relay.wait(["0-1", "0-2", "1-2"], 5_000)
+    getattr(relay.links[name], way).set(Fault(kind))
+    code, _, errors = asking.end()
+    assert code == 4
+    nodes = ["the root", *workers]
+    low, high = (nodes[int(node)] for node in name.split("-"))
+    assert f"lost the link {low} - {high} in phase STEP: " in errors

@@ -3,7 +3,10 @@
 import importlib
 import logging
 import os
+import signal
 import sys
+from contextlib import suppress
+from types import FrameType
 
 import click
 
@@ -59,6 +62,7 @@ def main() -> None:
     """Runs a command; errors that a user can cause are one line and an exit code."""
     variable = os.environ.get("PYLLAMA_DIST_DEBUG", "")
     debug = "--debug" in sys.argv[1:2] or variable.lower() not in ("", "0", "false", "no", "off")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(group(prog_name="pyllama-dist", standalone_mode=False))
     except PyllamaError as error:
@@ -71,8 +75,9 @@ def main() -> None:
         click.echo(f"error: {said}; --help shows what can be given", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("interrupted", err=True)
-        sys.exit(_INTERRUPTED)
+        _exit_now(_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # who read our output has gone: nothing is left to say
         sys.exit(1)
@@ -82,3 +87,20 @@ def main() -> None:
         kind = type(error).__name__
         click.echo(f"internal error: {kind}: {error}; add --debug before the command", err=True)
         sys.exit(1)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Ends what was started, as ^C does; shells report 143."""
+    raise SystemExit(128 + number)
+
+
+def _exit_now(code: int) -> None:
+    """Ends the process with this code, whatever Python thinks of it.
+
+    If a KeyboardInterrupt has passed through code that was compiled from a string (`exec`: named
+    tuples, data classes, Numba), CPython ends itself by SIGINT at the end, though it was caught.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

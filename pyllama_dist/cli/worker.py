@@ -1,7 +1,9 @@
 """`pyllama-dist worker`."""
 
+import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,6 +12,8 @@ import click
 
 from pyllama_dist.cli.options import option
 from pyllama_dist.errors import UsageError
+
+_PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 log = logging.getLogger("pyllama_dist")
 
@@ -28,6 +32,11 @@ log = logging.getLogger("pyllama_dist")
     show_default=True,
     help="0: any free one.",
 )
+@option(
+    "--data-ports",
+    metavar="FROM-TO",
+    help="Ports for data connections, one for each node before this one. [default: any free ones]",
+)
 @option("--nthreads", type=click.IntRange(1, 1024), help="[default: the cores of this machine]")
 @option(
     "--trust-network",
@@ -36,33 +45,42 @@ log = logging.getLogger("pyllama_dist")
 )
 @click.option("--attached", is_flag=True, hidden=True)
 def command(
-    host: str, port: int, nthreads: int | None, trust_network: bool, attached: bool
+    host: str,
+    port: int,
+    data_ports: str | None,
+    nthreads: int | None,
+    trust_network: bool,
+    attached: bool,
 ) -> None:
     """Serve a root with this machine's cores and memory.
 
     A worker needs no model: a root connects, sends its part of the weights and the program to run.
     It serves one root after the other until it is ended with ^C.
     """
+    if attached:
+        _end_with_parent()
+    from pyllama_dist import interrupt
     from pyllama_dist.cores import available_cores
     from pyllama_dist.executor import prepare
     from pyllama_dist.net.transport import Address
     from pyllama_dist.net.zeromq import ZmqListener
     from pyllama_dist.worker import serve
 
+    ports = (0,) if data_ports is None else _ports(data_ports)
+    host = host.removeprefix("[").removesuffix("]")  # as IPv6 is written before a port
     if not (trust_network or Address(host, port).is_loopback):
         raise UsageError(
             f"--host {host} lets every machine that reaches it use this worker, unencrypted; add "
             f"--trust-network if the network is yours alone"
         )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt.install()
     prepare(lambda text: click.echo(text, err=True))  # before a root can knock
-    listener = ZmqListener(host, port)
+    listener = ZmqListener(host, port, ports)
     try:
         n_threads = nthreads or available_cores()
         log.info("worker listens on %s, %d threads", listener.address, n_threads)
         if attached:
             click.echo(listener.port)
-            threading.Thread(target=_end_with_parent, daemon=True).start()
         serve(listener, n_threads)
     except KeyboardInterrupt:
         log.info("worker ends")
@@ -70,7 +88,30 @@ def command(
         listener.close()
 
 
+def _ports(text: str) -> range:
+    """The ports of a range "9991-9999".
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 0 < first <= last < 65536:
+        raise UsageError(f"--data-ports {text!r} is no range of ports; write for example 9991-9999")
+    return range(first, last + 1)
+
+
 def _end_with_parent() -> None:
-    """Ends this process when whoever started it goes, in whatever way: its end of stdin closes."""
+    """From now on this process ends when whoever started it goes, in whatever way.
+
+    Then its standard input closes. Where the system can (Linux), it kills this process too: one
+    that was stopped cannot end by itself.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+
+
+def _end_with_stdin() -> None:
     sys.stdin.read()
     os._exit(0)

@@ -14,9 +14,10 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
 Doors = Annotated[tuple[tuple[Port, Name], ...], Meta(max_length=256)]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
+Count = Annotated[int, Meta(ge=1, le=4096)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
 Seconds = Annotated[float, Meta(ge=0)]
-Session = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 class Phase(StrEnum):
@@ -40,7 +41,18 @@ class Hello(_Message, frozen=True, tag="hello"):
 
     protocol: int
     version: Text
-    session: Session
+    session: Bytes16
+
+
+class NodeInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node has."""
+
+    n_threads: Count  # that compute
+    cores: Count  # that it may use
+    memory: Size  # bytes available
+    kernels: Text  # the set that it runs
+    cpu: Text
+    machine: Bytes16  # equal where nodes share memory
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
@@ -48,8 +60,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
 
     protocol: int
     version: Text
-    n_threads: Annotated[int, Meta(ge=1, le=4096)]
-    memory: Size  # bytes available
+    worker: Bytes16  # chosen by chance when it starts: equal if one worker has two addresses
+    info: NodeInfo
 
 
 class Join(_Message, frozen=True, tag="join"):
@@ -75,7 +87,7 @@ class Peers(_Message, frozen=True, tag="peers"):
 class Link(_Message, frozen=True, tag="link"):
     """Both ends of a data connection: who they are."""
 
-    session: Session
+    session: Bytes16
     node: NodeIndex
 
 

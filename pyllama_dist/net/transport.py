@@ -51,11 +51,17 @@ class Address:
 
 
 class LostError(NodeError):
-    """A peer closed its connection, fell silent, or missed a deadline."""
+    """A peer closed its connection, fell silent, or missed a deadline.
 
-    def __init__(self, detail: str, culprit: str) -> None:
+    Attributes:
+        detail: what happened.
+        culprit: the peer by name; several, joined by ", ".
+        reporter: the node that met it, by name; empty: this one.
+    """
+
+    def __init__(self, detail: str, culprit: str, reporter: str = "") -> None:
         super().__init__(f"lost {culprit}: {detail}")
-        self.detail, self.culprit = detail, culprit
+        self.detail, self.culprit, self.reporter = detail, culprit, reporter
 
 
 class Channel(Protocol):

@@ -43,6 +43,8 @@ class ZmqDialer:
         """
         wanted = LOST | REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         socket, monitor = open_socket(self._context, zmq.DEALER, wire.HARD_LIMIT, wanted)
+        # With it, what a worker said before it went would go with the connection, unread.
+        socket.immediate = 0
         socket.sndhwm = WEIGHTS_AHEAD
         try:
             connect(socket, f"tcp://{address}")

@@ -6,23 +6,42 @@ Through a name, frames need none of TCP's work. Measured with 4 nodes of one thr
 
 import secrets
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
 
+from pyllama_dist.errors import NodeError
 from pyllama_dist.net.transport import Address, Door
 from pyllama_dist.net.zeromq.sockets import Socket, bind
 
 _FILES = 1 << 14  # that a process with a name must be able to open
 
 
-def open_door(socket: Socket, host: str) -> Door:
-    """Binds to a free port and, where the system has them, to a random name.
+def open_door(socket: Socket, host: str, ports: Sequence[int] = (0,)) -> Door:
+    """Binds to a port and, where the system has them, to a random name.
+
+    Args:
+        socket: what is bound.
+        host: name or address of the interface.
+        ports: the first of these that is free; 0: any free one.
 
     Raises:
-        NodeError: the host is not this machine's.
+        NodeError: none is free, or the host is not this machine's.
     """
-    return bind(socket, host, 0), _bind_name(socket)
+    for port in ports[:-1]:
+        with suppress(NodeError):
+            return bind(socket, host, port), _bind_name(socket)
+    try:
+        return bind(socket, host, ports[-1]), _bind_name(socket)
+    except NodeError as error:
+        if len(ports) == 1 and not ports[0]:
+            raise
+        raise NodeError(
+            f"no port is free in --data-ports {ports[0]}-{ports[-1]}: {error}; a worker takes one "
+            f"for the root and for each worker named before it"
+        ) from None
 
 
 def endpoint(host: str, door: Door) -> str:

@@ -3,13 +3,14 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 
 import zmq
 
 from pyllama_dist import errors
 from pyllama_dist.net import frames as wire
-from pyllama_dist.net.messages import Error, Hello, Message, Phase
+from pyllama_dist.net.messages import Error, Hello, Message, Phase, Welcome
 from pyllama_dist.net.transport import ROOT, Address, Channel, LostError, Mesh, Raw
 from pyllama_dist.net.zeromq.mesh import ZmqMesh
 from pyllama_dist.net.zeromq.sockets import (
@@ -36,18 +37,19 @@ _QUIET_SECONDS = 10.0  # between two lines about dropped connections
 class ZmqListener:
     """Where roots knock. See `Listener`."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, data_ports: Sequence[int] = (0,)) -> None:
         """Listens.
 
         Args:
             host: name or address of the interface.
             port: 0 chooses a free one.
+            data_ports: those that data connections may use; 0: any free one.
 
         Raises:
             NodeError: the port is taken, or the host is not this machine's.
         """
         self._context = open_context()
-        self._host = host
+        self._host, self._data_ports = host, data_ports
         self._socket, self._monitor = open_socket(
             self._context, zmq.ROUTER, wire.HARD_LIMIT, REFUSED | LOST
         )
@@ -91,7 +93,8 @@ class ZmqListener:
                     message, _ = parse(frames)
                     if isinstance(message, Hello):
                         self._known += 1
-                        return _RouterChannel(self, identity, _origin(frames)), message
+                        channel = _RouterChannel(self, identity, _origin(frames), message.session)
+                        return channel, message
                     reason = f"{type(message).__name__} before hello"
                 except errors.ProtocolError as error:
                     reason = str(error)
@@ -99,7 +102,7 @@ class ZmqListener:
 
     def mesh(self) -> Mesh:
         """See `Listener`."""
-        return ZmqMesh(self._context, self._host)
+        return ZmqMesh(self._context, self._host, self._data_ports)
 
     def refuse(self, identity: bytes, frames: list[zmq.Frame], reason: str) -> None:
         """Answers somebody who is not served, once."""
@@ -155,9 +158,12 @@ class ZmqListener:
 class _RouterChannel:
     """A worker's end of the conversation with its root."""
 
-    def __init__(self, listener: ZmqListener, identity: bytes, address: str) -> None:
+    def __init__(
+        self, listener: ZmqListener, identity: bytes, address: str, session: bytes
+    ) -> None:
         self.address = address
-        self._listener, self._identity = listener, identity
+        self._listener, self._identity, self._session = listener, identity, session
+        self._welcome: Welcome | None = None
 
     @property
     def sources(self) -> list[Watched]:
@@ -166,6 +172,8 @@ class _RouterChannel:
 
     def send(self, message: Message, raw: Raw | None = None) -> None:
         """See `Channel`. A worker sends no raw frames."""
+        if isinstance(message, Welcome):
+            self._welcome = message
         self._listener.send(self._identity, message)
 
     def take(self) -> tuple[Message, Raw] | None:
@@ -178,9 +186,20 @@ class _RouterChannel:
                 except errors.ProtocolError as error:
                     where = f"the link of {ROOT} and {self._listener.address}"
                     raise errors.ProtocolError(f"{where}: {error}") from None
+            if self._welcome is not None and self._is_same_root(frames):
+                self._listener.answer(identity, self._welcome)
+                continue
             busy = f"busy: this worker serves the root at {self.address}; try later"
             self._listener.refuse(identity, frames, busy)
         return None
+
+    def _is_same_root(self, frames: list[zmq.Frame]) -> bool:
+        """Whether this is a hello of the session: the root has this worker under two names."""
+        try:
+            message, _ = parse(frames)
+        except errors.ProtocolError:
+            return False
+        return isinstance(message, Hello) and message.session == self._session
 
     def receive(self, timeout: float | None) -> tuple[Message, Raw]:
         """See `Channel`."""

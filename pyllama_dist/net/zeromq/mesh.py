@@ -51,6 +51,7 @@ class _Peer:
     socket: Socket
     monitor: Socket
     bound: bool = False  # this node listens, and the peer connects
+    port: int = 0  # where who connects has to come
     connection: int | None = None  # the peer's, among those that strangers may have tried
 
 
@@ -67,8 +68,15 @@ class _Pollable(Protocol):
 class ZmqMesh:
     """See `Mesh`."""
 
-    def __init__(self, context: Context, host: str) -> None:
-        self._context, self._host = context, host
+    def __init__(self, context: Context, host: str, ports: Sequence[int] = (0,)) -> None:
+        """A mesh.
+
+        Args:
+            context: of all its sockets.
+            host: where data connections are waited for.
+            ports: those that they may use, one each; 0: any free one.
+        """
+        self._context, self._host, self._ports = context, host, ports
         self._peers: dict[int, _Peer] = {}
         self.names: Sequence[str] = ()
         self._rests = 0  # exchanges to come that sleep at once
@@ -80,13 +88,17 @@ class ZmqMesh:
         for node in nodes:
             peer = self._open(node)
             peer.bound = True
-            doors.append(open_door(peer.socket, self._host))
+            door = open_door(peer.socket, self._host, self._ports)
+            peer.port = door[0]
+            doors.append(door)
         return doors
 
     def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
         """See `Mesh`."""
         for node, (host, door) in peers.items():
-            connect(self._open(node).socket, endpoint(host, door))
+            peer = self._open(node)
+            peer.port = door[0]
+            connect(peer.socket, endpoint(host, door))
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""
@@ -96,13 +108,10 @@ class ZmqMesh:
         # Who connects speaks first: only then does the other end know that it is not alone.
         for other, peer in self._peers.items():
             if not peer.bound:
+                self._meet(other, zmq.POLLOUT, deadline, names[other])
                 self._send(other, link, deadline)
         for other, peer in self._peers.items():
-            if not poll([(peer.socket, zmq.POLLIN)], deadline):
-                raise LostError(
-                    f"no data connection after {timeout:.0f} s; does a firewall stand between?",
-                    names[other],
-                )
+            self._meet(other, zmq.POLLIN, deadline, names[max(node, other)])
             frame = peer.socket.recv(copy=False)
             theirs = wire.decode(frame.buffer)
             if theirs != Link(session, other):
@@ -200,6 +209,22 @@ class ZmqMesh:
         socket.rcvtimeo = NAP_MS
         self._peers[node] = _Peer(socket, monitor)
         return self._peers[node]
+
+    def _meet(self, node: int, event: int, deadline: float, where: str) -> None:
+        """Waits until a new peer can be spoken to, or has spoken.
+
+        Raises:
+            LostError: a peer is gone, or this one cannot be met in time.
+        """
+        socket = self._peers[node].socket
+        while not socket.poll(0, event):
+            if not self._poll([(socket, event)], deadline) and time.monotonic() >= deadline:
+                raise LostError(
+                    f"no data connection came about; does a firewall close port "
+                    f"{self._peers[node].port} of {where}? choose others there: worker "
+                    f"--data-ports 9991-9999",
+                    self.names[node],
+                )
 
     def _send(self, node: int, frame: Raw, deadline: float) -> zmq.MessageTracker | None:
         socket, large = self._peers[node].socket, len(frame) > _LARGE
