@@ -25,6 +25,7 @@ from pyllama_dist.config import (
     Scoring,
     Tensor,
 )
+from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import Memory, own_blocks
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
