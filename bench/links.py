@@ -9,6 +9,9 @@ does meets all of them alike. At the end nothing is left: neither processes nor 
 
 All nodes share this machine's cores, so computing takes longer than it would on machines of their
 own, and makes the ratios look smaller than they would be there. Needs root and iproute2.
+
+Measured with 4 nodes of one thread on two busy cores, links of 100 Mbit/s, 12 layers of qwen3-0.6b,
+partial sums in float32, pp512: direct 27.2 t/s, reduce-scatter 48.8, 1.8 times as many.
 """
 
 import argparse

@@ -193,7 +193,7 @@ def test_bytes_of_weights_and_exchanges_are_counted(tiny, run_of, serving):
         total = sum(w.nbytes for program in programs for w in weights(program))
         assert placed[-1] == (total, total)
         root.step((1,), run_of(0, (1,)))
-        dim, vocab, head = 64, 101, 16
+        dim, vocab, head = 64, 101, 22
         to_workers = 2 * (4 * dim + head)
         sums = 2 * 2 * 4 * (4 * dim + head)  # layers, halves of a layer; to two and from two
         logits = 4 * (vocab - 34) + 2 * head
