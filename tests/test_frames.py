@@ -64,6 +64,9 @@ doors = st.tuples(st.integers(1, 65535), names | st.just(""))
 doors = st.lists(doors, max_size=256).map(tuple)
 widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
+infos = st.builds(
+    NodeInfo, st.integers(1, 4096), st.integers(1, 4096), sizes, texts, texts, sessions
+)
 
 EMPTY = Program(
     n_nodes=1, node=0, max_rows=1, max_logits=1, n_experts=0, n_active_experts=0,
@@ -83,7 +86,7 @@ def programs(tiny):
 
 messages = st.one_of(
     st.builds(Hello, int64s, texts, sessions),
-    st.builds(Welcome, int64s, texts, st.integers(1, 4096), sizes),
+    st.builds(Welcome, int64s, texts, sessions, infos),
     st.builds(Join, nodes, st.integers(2, 256)),
     st.builds(Bound, doors),
     st.builds(Peers, st.lists(texts, max_size=256).map(tuple), doors),
