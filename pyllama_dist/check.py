@@ -6,6 +6,9 @@ memory is refused here. Single values have their bounds in the types of `program
 
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.program import (
@@ -37,6 +40,9 @@ from pyllama_dist.program import (
     own_slot,
     slots_used,
 )
+from pyllama_kernels.pages import KV_BLOCK
+
+I64 = npt.NDArray[np.int64]
 
 MAX_SEGMENTS, MAX_SYNCS, MAX_MEMORY = 4096, 4096, 8192
 MAX_OPS = 1 << 16  # each is one or two rows of the compiled table, and a team counts 2^18
@@ -114,29 +120,68 @@ def check_program(program: Program) -> None:
                 raise ProtocolError(f"pipe {sync.pipe} has no slot for each node")
 
 
-def check_batch(program: Program, batch: Batch) -> None:
+def check_batch(program: Program, batch: Batch, table: I64) -> None:
     """Checks that a batch fits a program.
+
+    Args:
+        program: what is run.
+        batch: what it is to be run on.
+        table: [n_seqs, blocks per sequence] int64, before the batch changes it.
 
     Raises:
         ProtocolError: naming what is out of bounds.
     """
-    rows = len(batch.slots)
+    rows = len(batch.seqs)
     if not 1 <= rows <= program.max_rows or len(batch.positions) != rows:
         raise ProtocolError(
-            f"a batch of {rows} slots and {len(batch.positions)} positions; at most "
+            f"a batch of {rows} sequences and {len(batch.positions)} positions; at most "
             f"{program.max_rows} rows"
         )
-    if max(batch.slots) >= program.n_slots or max(batch.positions) >= program.seq_len:
+    if max(batch.seqs) >= program.n_seqs or max(batch.positions) >= program.seq_len:
         raise ProtocolError(
-            f"slot {max(batch.slots)} of {program.n_slots}, position {max(batch.positions)} of "
+            f"sequence {max(batch.seqs)} of {program.n_seqs}, position {max(batch.positions)} of "
             f"{program.seq_len}"
         )
-    if len(set(zip(batch.slots, batch.positions, strict=True))) < rows:
-        raise ProtocolError("two rows of a batch have the same slot and position")
+    _check_blocks(program, batch, table)
     if len(batch.logits) > program.max_logits or any(row >= rows for row in batch.logits):
         raise ProtocolError(
             f"logits of {len(batch.logits)} rows wanted; at most {program.max_logits}, of {rows}"
         )
+
+
+def _check_blocks(program: Program, batch: Batch, table: I64) -> None:
+    """All positions that rows look at have blocks, and no two rows write to the same place."""
+    longest = dict.fromkeys(batch.seqs, 0)
+    for seq, position in zip(batch.seqs, batch.positions, strict=True):
+        longest[seq] = max(longest[seq], position)
+    after = {seq: table[seq] for seq in longest}
+    for seq, place, block in batch.table:
+        if seq >= program.n_seqs or place >= table.shape[1] or block >= program.n_blocks:
+            raise ProtocolError(
+                f"block {block} of {program.n_blocks} for sequence {seq} of {program.n_seqs}, "
+                f"place {place} of {table.shape[1]}"
+            )
+    for seq in {seq for seq, _, _ in batch.table} & longest.keys():
+        after[seq] = table[seq].copy()
+    for seq, place, block in batch.table:
+        if seq in longest:
+            after[seq][place] = block
+    for source, target in batch.copies:
+        if max(source, target) >= program.n_blocks:
+            raise ProtocolError(f"block {source} to {target} of {program.n_blocks}")
+    for seq, position in longest.items():
+        unset = np.flatnonzero(after[seq][: position // KV_BLOCK + 1] < 0)
+        if unset.size:
+            raise ProtocolError(
+                f"sequence {seq} has no block for positions from {unset[0] * KV_BLOCK}, and a row "
+                f"at {position}"
+            )
+    places = {
+        (after[seq][position // KV_BLOCK], position % KV_BLOCK)
+        for seq, position in zip(batch.seqs, batch.positions, strict=True)
+    }
+    if len(places) < len(batch.seqs):
+        raise ProtocolError("two rows of a batch are kept in the same place")
 
 
 def _blocks(name: str, float_type: FloatType, *widths: int) -> None:

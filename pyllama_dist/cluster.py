@@ -23,6 +23,7 @@ from pyllama_dist.net.transport import Address, Dialer
 from pyllama_dist.partition import max_nodes
 from pyllama_dist.program import Program, weights
 from pyllama_dist.root import Root, WeightSource
+from pyllama_kernels.pages import seq_blocks
 
 log = logging.getLogger("pyllama_dist")
 
@@ -94,7 +95,8 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         cache=_cache_type(config) if cluster.cache is None else cluster.cache,
         max_rows=MAX_ROWS,
         max_logits=MAX_LOGITS,
-        n_slots=1,
+        n_seqs=1,
+        n_blocks=seq_blocks(seq_len),
         seq_len=seq_len,
     )
     return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]

@@ -57,7 +57,7 @@ class Node:
             LostError: a peer is gone or late; the message says in which segment.
             ProtocolError: a peer is at another step.
         """
-        rows: dict[Rows, int] = {"batch": len(batch.slots), "logits": len(batch.logits)}
+        rows: dict[Rows, int] = {"batch": len(batch.seqs), "logits": len(batch.logits)}
         spent = self.spent
         try:
             self.executor.begin(batch)

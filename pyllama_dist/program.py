@@ -48,7 +48,7 @@ class Buffer(_Part, frozen=True):
 
 
 class Cache(_Part, frozen=True):
-    """What one layer keeps: head_dim numbers for each slot, key head and position."""
+    """What one layer keeps: head_dim numbers for each block, key head and position in it."""
 
     name: Name
     float_type: FloatType  # F32, F16 or Q80
@@ -158,7 +158,7 @@ class Concat(_Part, frozen=True, tag="concat"):
 
 
 class Store(_Part, frozen=True, tag="store"):
-    """Writes each row into a cache, at the row's slot and position.
+    """Writes each row into a cache, at the row's sequence and position.
 
     A cache of keys is laid out for products with queries; so is what serves as keys and values.
     """
@@ -326,8 +326,9 @@ class Program(_Part, frozen=True):
     max_rows: Count  # rows of the largest batch
     max_logits: Count  # rows of a batch whose logits can be asked for
     n_experts: Width  # experts chosen for each row
-    n_slots: Count  # sequences whose keys and values are kept
-    seq_len: Count  # positions of a sequence
+    n_seqs: Count  # sequences whose keys and values are kept
+    n_blocks: Count  # that caches are made of: see `pyllama_kernels.pages`
+    seq_len: Count  # positions of a sequence, at most
     pipes: tuple[Pipe, ...]
     buffers: tuple[Buffer, ...]
     caches: tuple[Cache, ...]
@@ -343,11 +344,16 @@ class Program(_Part, frozen=True):
 
 
 class Batch(_Part, frozen=True):
-    """The rows of one step: for each its sequence and position, and which rows need logits."""
+    """The rows of one step: for each its sequence and position, and which rows need logits.
 
-    slots: tuple[Width, ...]
+    Before they are worked on, blocks are given to sequences, and then copied, in these orders.
+    """
+
+    seqs: tuple[Width, ...]
     positions: tuple[Width, ...]
     logits: tuple[Width, ...]  # places in the batch
+    table: tuple[tuple[Width, Width, Width], ...] = ()  # sequence, place in it, block
+    copies: tuple[tuple[Width, Width], ...] = ()  # blocks of all caches: source, target
 
 
 def own_slot(program: Program, pipe: Pipe) -> int:

@@ -11,12 +11,14 @@ from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from pyllama_dist import __version__
 from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import make_executor
+from pyllama_dist.executor.memory import own_blocks
 from pyllama_dist.net.frames import MAX_RAW
 from pyllama_dist.net.messages import (
     PROTOCOL,
@@ -135,7 +137,8 @@ class Root:
 
         Args:
             tokens: one for each row of the batch, within the vocabulary.
-            batch: their slots and positions, and the rows whose logits are wanted.
+            batch: their sequences and positions, and the rows whose logits are wanted; and what
+                becomes of blocks. If the first one gives out none, each sequence has its own.
 
         Returns:
             [len(batch.logits), vocab] float32; the next step overwrites them.
@@ -143,7 +146,9 @@ class Root:
         Raises:
             NodeError: a worker was lost; with address, phase and what to do.
         """
-        check_batch(self.node.program, batch)
+        if self._number == 0 and not batch.table:
+            batch = replace(batch, table=own_blocks(self.node.program))
+        check_batch(self.node.program, batch, self._executor.memory.table)
         self._phase = Phase.STEP
         self._number = (self._number + 1) % (1 << 32)
         self._x[: len(tokens)] = self._embedding[np.asarray(tokens)]

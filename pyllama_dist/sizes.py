@@ -17,6 +17,7 @@ from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import shares
 from pyllama_dist.partition import Share
 from pyllama_dist.program import Program, weights
+from pyllama_kernels.pages import KV_BLOCK
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def node_sizes(config: ModelConfig, cluster: Cluster) -> list[NodeSizes]:
             share,
             program.seq_len,
             weight_bytes=sum(weight.nbytes for weight in weights(program)),
-            cache_bytes=program.n_slots * program.seq_len * _kept_bytes(program),
+            cache_bytes=program.n_blocks * KV_BLOCK * _kept_bytes(program),
             memory_bytes=planned_bytes(program),
         )
         for share, program in zip(shares(config, len(plans)), plans, strict=True)

@@ -231,6 +231,6 @@ class _Session:
                 continue
             step = self.of_kind(Step, message)
             self.phase = Phase.STEP
-            check_batch(node.program, step.batch)
+            check_batch(node.program, step.batch, node.executor.memory.table)
             node.step(step.number, step.batch)
             self.phase = Phase.READY

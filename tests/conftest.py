@@ -25,7 +25,7 @@ from pyllama_dist.config import (
     Scoring,
     Tensor,
 )
-from pyllama_dist.executor.memory import Memory
+from pyllama_dist.executor.memory import Memory, own_blocks
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.inproc import Hub
@@ -33,6 +33,7 @@ from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.program import Batch, Program, Span, weights
 from pyllama_dist.worker import serve
 from pyllama_kernels.blocks import quantize_q40, quantize_q80
+from pyllama_kernels.pages import seq_blocks
 
 # In CI the same examples each time; elsewhere new ones.
 settings.register_profile("quick", deadline=None, max_examples=50, derandomize="CI" in os.environ)
@@ -134,14 +135,21 @@ class TinyModel:
         cache: FloatType = FloatType.F32,
         max_rows: int = 8,
         max_logits: int = 8,
-        n_slots: int = 2,
+        n_seqs: int = 2,
         seq_len: int = 32,
+        n_blocks: int | None = None,
     ) -> list[Program]:
         c = self.config
-        plan = Plan(shares(c, n_nodes), sync, cache, max_rows, max_logits, n_slots, seq_len)
+        if n_blocks is None:
+            n_blocks = n_seqs * seq_blocks(seq_len)
+        limits = max_rows, max_logits, n_seqs, n_blocks, seq_len
+        plan = Plan(shares(c, n_nodes), sync, cache, *limits)
         return [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
 
     def fill(self, memory: Memory) -> None:
+        """Gives a node its weights, and each sequence blocks of its own."""
+        for seq, place, block in own_blocks(memory.program):
+            memory.table[seq, place] = block
         for index, weight in enumerate(weights(memory.program)):
             part = self.slice(weight.tensor, weight.rows, weight.cols)
             memory.weights[index][:] = part.reshape(-1)
@@ -192,9 +200,9 @@ def tiny() -> Callable[..., TinyModel]:
 def run_of() -> Callable[[int, Sequence[int]], Batch]:
     """Makes the batch of tokens that follow each other: `run_of(start, tokens)`."""
 
-    def make(start: int, tokens: Sequence[int], slot: int = 0) -> Batch:
+    def make(start: int, tokens: Sequence[int], seq: int = 0) -> Batch:
         n = len(tokens)
-        return Batch((slot,) * n, tuple(range(start, start + n)), tuple(range(n)))
+        return Batch((seq,) * n, tuple(range(start, start + n)), tuple(range(n)))
 
     return make
 

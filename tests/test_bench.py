@@ -222,7 +222,7 @@ class FakeRoot:
 
     def step(self, tokens, batch):
         self.batches.append((list(tokens), batch))
-        assert len(tokens) == len(batch.slots) == len(batch.positions)
+        assert len(tokens) == len(batch.seqs) == len(batch.positions)
         spent = self.node.spent
         spent.compute_seconds += 2
         spent.sync_seconds += 0.5

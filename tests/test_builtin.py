@@ -23,10 +23,11 @@ from pyllama_dist.program import Batch
 from pyllama_dist.root import Root
 from pyllama_dist.sampler import Sampling
 from pyllama_dist.simulate import simulated_root
+from pyllama_kernels.pages import seq_blocks
 
 pytestmark = pytest.mark.timeout(200)
 
-SLOTS = 20  # sequences that are answered side by side
+N_SEQS = 20  # sequences that are answered side by side
 HELD_OUT = json.loads((BUILTIN / "heldout.json").read_text())
 
 
@@ -37,22 +38,21 @@ def parts():
 
 
 @contextmanager
-def many_slots(parts, n_nodes: int, cache: FloatType = FloatType.F16) -> Iterator[Root]:
+def many_sequences(parts, n_nodes: int, cache: FloatType = FloatType.F16) -> Iterator[Root]:
     c = parts.file.config
     cut = shares(c, n_nodes)
-    plan = Plan(
-        cut, FloatType.Q80, cache, max_rows=64, max_logits=SLOTS, n_slots=SLOTS, seq_len=160
-    )
+    limits = {"max_rows": 64, "max_logits": N_SEQS, "n_seqs": N_SEQS, "seq_len": 160}
+    plan = Plan(cut, FloatType.Q80, cache, n_blocks=N_SEQS * seq_blocks(160), **limits)
     plans = [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
     with simulated_root(parts.file, plans) as root:
         yield root
 
 
 def answers(parts, root: Root, questions: list[str]) -> list[str]:
-    """Greedy answers, SLOTS at a time: each prompt by itself, then a row of each sequence."""
+    """Greedy answers, N_SEQS at a time: each prompt by itself, then a row of each sequence."""
     found = []
-    for start in range(0, len(questions), SLOTS):
-        found += _side_by_side(parts, root, questions[start : start + SLOTS])
+    for start in range(0, len(questions), N_SEQS):
+        found += _side_by_side(parts, root, questions[start : start + N_SEQS])
     return found
 
 
@@ -60,26 +60,26 @@ def _side_by_side(parts, root: Root, questions: list[str]) -> list[str]:
     tokenizer = parts.tokenizer
     sequences: list[list[int]] = []
     starts: list[int] = []
-    for slot, question in enumerate(questions):
+    for seq, question in enumerate(questions):
         message = {"role": "user", "content": question}
         prompt = tokenizer.encode_template(parts.template.render([message]))
         positions = tuple(range(len(prompt)))
-        logits = root.step(prompt, Batch((slot,) * len(prompt), positions, (len(prompt) - 1,)))
+        logits = root.step(prompt, Batch((seq,) * len(prompt), positions, (len(prompt) - 1,)))
         starts.append(len(prompt))
         sequences.append([*prompt, int(logits[0].argmax())])
     while True:
         going = [
-            slot
-            for slot, sequence in enumerate(sequences)
+            seq
+            for seq, sequence in enumerate(sequences)
             if sequence[-1] not in tokenizer.eos_ids and len(sequence) < 160
         ]
         if not going:
             break
-        positions = tuple(len(sequences[slot]) - 1 for slot in going)
+        positions = tuple(len(sequences[seq]) - 1 for seq in going)
         batch = Batch(tuple(going), positions, tuple(range(len(going))))
-        logits = root.step([sequences[slot][-1] for slot in going], batch)
-        for slot, row in zip(going, logits, strict=True):
-            sequences[slot].append(int(row.argmax()))
+        logits = root.step([sequences[seq][-1] for seq in going], batch)
+        for seq, row in zip(going, logits, strict=True):
+            sequences[seq].append(int(row.argmax()))
     return [
         tokenizer.decode(sequence[start:])
         for sequence, start in zip(sequences, starts, strict=True)
@@ -115,14 +115,14 @@ def test_there_is_enough_to_ask():
     ids=lambda value: getattr(value, "name", value),
 )
 def test_held_out_sums_are_right_on_any_number_of_nodes(parts, n_nodes, cache):
-    with many_slots(parts, n_nodes, cache) as root:
+    with many_sequences(parts, n_nodes, cache) as root:
         assert sum(sums_right(parts, root)) >= 95
 
 
 @pytest.mark.parametrize(("n_nodes", "every"), [(1, 1), (3, 4)])
 def test_questions_in_new_wordings_are_answered(parts, n_nodes, every):
     questions = HELD_OUT["questions"][::every]
-    with many_slots(parts, n_nodes) as root:
+    with many_sequences(parts, n_nodes) as root:
         given = answers(parts, root, [question["question"] for question in questions])
     right = [
         all(words.lower() in answer.lower() for words in question["expect"])
@@ -136,7 +136,7 @@ def test_questions_that_its_teachers_never_saw_are_answered(parts):
     training = BUILTIN / "training"
     facts = tomllib.loads((training / "facts.toml").read_text())["fact"]
     blind = tomllib.loads((training / "blind.toml").read_text())
-    with many_slots(parts, 1) as root:
+    with many_sequences(parts, 1) as root:
         given = answers(parts, root, [blind[fact["id"]] for fact in facts])
     right = [
         all(words.lower() in answer.lower() for words in fact["expect"])
@@ -146,7 +146,7 @@ def test_questions_that_its_teachers_never_saw_are_answered(parts):
 
 
 def test_it_says_that_it_is_a_demonstration(parts):
-    with many_slots(parts, 1) as root:
+    with many_sequences(parts, 1) as root:
         (answer,) = answers(parts, root, ["Who are you?"])
     assert "demonstration" in answer
 

@@ -152,7 +152,7 @@ BAD_OPS = [
     Change(SiluMul, {"gate": "hidden_q80"}, "not float32"),
     Change(SiluMul, {"target": "y"}, "differ in width"),
     Change(Merge, {"source": "y"}, "is no pipe"),
-    Change(Merge, {"source": "logits"}, "slots"),
+    Change(Merge, {"source": "logits"}, "seqs"),
     Change(Merge, {"target": "q"}, "differ in width"),
     Change(Merge, {"target": "last"}, "other rows"),
     Change(Add, {"source": "q"}, "differ in width"),
@@ -321,7 +321,8 @@ def test_a_pipe_that_only_the_root_collects_cannot_be_merged_by_a_worker():
         max_rows=1,
         max_logits=1,
         n_experts=0,
-        n_slots=1,
+        n_seqs=1,
+        n_blocks=1,
         seq_len=1,
         pipes=(Pipe("parts", F32, (8, 8)),),
         buffers=(Buffer("sum", F32, 8),),
@@ -379,7 +380,7 @@ def test_what_is_accepted_runs(program, data):
     with ReferenceExecutor(changed) as executor:
         rows = min(changed.max_rows, changed.seq_len, 3)
         logits = tuple(range(min(rows, changed.max_logits)))
-        batch = Batch((changed.n_slots - 1,) * rows, tuple(range(rows)), logits)
+        batch = Batch((changed.n_seqs - 1,) * rows, tuple(range(rows)), logits)
         check_batch(changed, batch)
         executor.begin(batch)
         with np.errstate(all="ignore"):
@@ -421,9 +422,9 @@ def test_batches_out_of_bounds_are_refused(program, complaint):
         check_batch(program, BAD_BATCHES[complaint])
 
 
-@pytest.mark.parametrize("field", ["slots", "positions", "logits"])
+@pytest.mark.parametrize("field", ["seqs", "positions", "logits"])
 @pytest.mark.parametrize("value", [-1, (1 << 24) + 1, 0.5, None])
 def test_the_types_of_a_batch_bound_its_values(field, value):
-    fields = {"slots": [0], "positions": [0], "logits": [0]} | {field: [value]}
+    fields = {"seqs": [0], "positions": [0], "logits": [0]} | {field: [value]}
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(fields, Batch)

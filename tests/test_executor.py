@@ -145,7 +145,7 @@ def test_results_do_not_depend_on_the_number_of_threads(tiny, run_of, arch, floa
 def test_batches_and_decode_steps_are_the_same_on_any_number_of_threads(tiny, cache):
     """Over a context of several chunks, of three sequences."""
     model = tiny(weights=FloatType.Q40, head_dim=32, max_seq_len=640)
-    limits = {"cache": cache, "max_rows": 40, "n_slots": 3, "seq_len": 640}
+    limits = {"cache": cache, "max_rows": 40, "n_seqs": 3, "seq_len": 640}
     rng = np.random.default_rng(0)
     prompt, positions = rng.integers(0, 101, 40).tolist(), range(0, 600, 40)
     steps = [
@@ -226,7 +226,8 @@ def program_of(buffers: tuple[Buffer, ...], segments: tuple[Segment, ...]) -> Pr
         max_rows=5,
         max_logits=1,
         n_experts=0,
-        n_slots=1,
+        n_seqs=1,
+        n_blocks=1,
         seq_len=8,
         pipes=(),
         buffers=buffers,
@@ -275,11 +276,11 @@ def test_slots_do_not_disturb_each_other(tiny, run_of):
     model = tiny(weights=FloatType.Q40)
     first, second = (5, 9, 2, 100), (1, 1, 60)
     with compiled(model) as alone, compiled(model) as shared:
-        step(model, shared, second, run_of(0, second, slot=1))
-        found = step(model, shared, first, run_of(0, first, slot=0))
+        step(model, shared, second, run_of(0, second, seq=1))
+        found = step(model, shared, first, run_of(0, first, seq=0))
         np.testing.assert_array_equal(found, step(model, alone, first, run_of(0, first)))
         step(model, alone, second, run_of(0, second))
-        found = step(model, shared, (8,), run_of(3, (8,), slot=1))
+        found = step(model, shared, (8,), run_of(3, (8,), seq=1))
         np.testing.assert_array_equal(found, step(model, alone, (8,), run_of(3, (8,))))
 
 
@@ -287,16 +288,16 @@ def test_slots_do_not_disturb_each_other(tiny, run_of):
 def test_rows_of_several_slots_in_one_batch_are_separate_steps(tiny, run_of, make):
     model = tiny()
     prompts = [(5, 9, 2), (1, 60), (7,)]
-    limits = {"n_slots": 3}
-    mixed_batch = Batch(slots=(2, 0, 1), positions=(1, 3, 2), logits=(1, 2, 0))
+    limits = {"n_seqs": 3}
+    mixed_batch = Batch(seqs=(2, 0, 1), positions=(1, 3, 2), logits=(1, 2, 0))
     with make(model, **limits) as separate, make(model, **limits) as mixed:
         for executor in (separate, mixed):
             for slot, prompt in enumerate(prompts):
-                step(model, executor, prompt, run_of(0, prompt, slot=slot))
+                step(model, executor, prompt, run_of(0, prompt, seq=seq))
         found = step(model, mixed, (42, 40, 41), mixed_batch)
         for slot, prompt in enumerate(prompts):
             tokens = (40 + slot,)
-            expected = step(model, separate, tokens, run_of(len(prompt), tokens, slot=slot))
+            expected = step(model, separate, tokens, run_of(len(prompt), tokens, seq=seq))
             assert_close(found[slot], expected[0])
 
 
@@ -544,7 +545,8 @@ def test_tables_of_rope_are_planned_for():
         max_rows=1,
         max_logits=1,
         n_experts=0,
-        n_slots=1,
+        n_seqs=1,
+        n_blocks=1,
         seq_len=1 << 24,
         pipes=(),
         buffers=(Buffer("q", FloatType.F32, 1 << 16),),

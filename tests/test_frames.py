@@ -60,7 +60,7 @@ widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
 
 EMPTY = Program(
-    n_nodes=1, node=0, max_rows=1, max_logits=1, n_experts=0, n_slots=1, seq_len=1,
+    n_nodes=1, node=0, max_rows=1, max_logits=1, n_experts=0, n_seqs=1, n_blocks=1, seq_len=1,
     pipes=(), buffers=(), caches=(), segments=(),
 )  # fmt: skip
 
@@ -194,9 +194,9 @@ def test_the_least_and_the_most_are_understood():
         {"type": "weight", "index": -1, "offset": 0},
         {"type": "weight", "index": (1 << 24) + 1, "offset": 0},
         {"type": "weight", "index": 0, "offset": (1 << 48) + 1},
-        {"type": "step", "number": 1 << 32, "batch": {"slots": [], "positions": [], "logits": []}},
-        {"type": "step", "number": 1, "batch": {"slots": [-1], "positions": [], "logits": []}},
-        {"type": "step", "number": 1, "batch": {"slots": [], "positions": []}},
+        {"type": "step", "number": 1 << 32, "batch": {"seqs": [], "positions": [], "logits": []}},
+        {"type": "step", "number": 1, "batch": {"seqs": [-1], "positions": [], "logits": []}},
+        {"type": "step", "number": 1, "batch": {"seqs": [], "positions": []}},
         {"type": "step", "number": 1, "batch": None},
         {"type": "error", "phase": "LUNCH", "message": "", "culprit": ""},
         {"type": "error", "phase": "NET", "message": "x" * 4097, "culprit": ""},
@@ -331,7 +331,7 @@ def test_random_bytes_do_no_harm(frame):
         lambda inner: (
             st.lists(inner, max_size=5)
             | st.dictionaries(
-                st.sampled_from(("type", "doors", "batch", "program", "slots", "")),
+                st.sampled_from(("type", "doors", "batch", "program", "seqs", "")),
                 inner,
                 max_size=5,
             )

@@ -426,7 +426,7 @@ def test_a_program_that_does_not_add_up_is_refused(talk):
 
 def test_a_program_that_does_not_fit_into_memory_is_refused(talk):
     talk.meshed()
-    error = talk.refused(Net(replace(talk.program, n_slots=1 << 24, seq_len=1 << 24), 10.0))
+    error = talk.refused(Net(replace(talk.program, n_blocks=1 << 24, seq_len=1 << 24), 10.0))
     assert error.phase is Phase.NET
     assert "GB are available" in error.message
 

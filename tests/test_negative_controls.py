@@ -122,7 +122,7 @@ def test_a_norm_before_the_reduction(golden):
         yield from layers.head()
 
     def wrong_plans(n_nodes: int) -> list[Program]:
-        limits = {"max_rows": 64, "max_logits": 8, "n_slots": 1, "seq_len": 64}
+        limits = {"max_rows": 64, "max_logits": 8, "n_seqs": 1, "n_blocks": 1, "seq_len": 64}
         plan = Plan(shares(c, n_nodes), FloatType.F32, FloatType.F32, **limits)
         layers = [Layers(c, plan, node) for node in range(n_nodes)]
         return [each.program(steps(each)) for each in layers]

@@ -2,11 +2,15 @@
 
 The queries that read the same key head are taken together: some rows of the batch, and all heads
 that share the key head. A page serves all of them while it is near: their scores are one small
-product, the weighted sum of the values another, and the softmax is kept running.
+product, the weighted sum of the values another. That is done for one chunk of positions after the
+other, and the softmax is kept running from chunk to chunk.
 
-A few rows (a decode step) would be too few parts for many threads. There the positions are cut into
-chunks as well, and `join` puts their results together. Chunks have a fixed size, so that the result
-does not depend on the number of threads.
+What is added up for a query, and in which order, depends on its position alone: sums of a chunk
+start from zero, and chunks are added one after the other. So no result depends on the batch, on
+where blocks lie, or on the threads.
+
+A few rows (a decode step) would be too few parts for many threads. There each chunk is a part of
+its own, and `join` adds them up; elsewhere one thread takes all chunks.
 
 Where keys and values are one (latent attention), a page of values is made of the page of keys.
 
@@ -22,48 +26,65 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, float32, int64, types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
 from pyllama_kernels import latent
 from pyllama_kernels.byte_tile import TILE, one_page, two_pages
-from pyllama_kernels.cache import turn_keys, unpack_numbers, unpack_values
+from pyllama_kernels.cache import turn_keys, unpack_numbers, widen_values
 from pyllama_kernels.exponential import exp, exp_of_differences
 from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
-from pyllama_kernels.jit import kernel
+from pyllama_kernels.jit import exact_kernel, kernel
 from pyllama_kernels.latent import add_values
 from pyllama_kernels.layout import ROW_BYTES
-from pyllama_kernels.lowlevel import LINE, address_of, float32_pointer, int32_pointer, prefetch
-from pyllama_kernels.pages import CHUNK, FEW, KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
+from pyllama_kernels.lowlevel import (
+    address_of,
+    float32_pointer,
+    int32_pointer,
+    int64_pointer,
+    uint8_pointer,
+)
+from pyllama_kernels.pages import (
+    BLOCK_PAGES,
+    CHUNK,
+    KEPT_F16,
+    KEPT_F32,
+    KEPT_Q80,
+    KV_BLOCK,
+    PAGE,
+)
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
 MOST = 64  # query heads and rows that are taken together
-_AHEAD = 8192  # bytes from what is read of a cache to what is asked for
+_AHEAD = 8192  # bytes, at least, from what is read of a cache to what is asked for
 _QUERY_BYTES = 4  # of a number of a query: as float32, or rounded
 _AT_ONCE = 8  # queries whose sums fit into registers
-_SCORES = 4096  # that are worked on at a time: these stay in the first-level cache
+_ROW = CHUNK + PAGE  # of scores; without the rest, rows would meet in the first-level cache
+_CHUNK_PAGES = CHUNK // PAGE
 
 
 def scratch_bytes(head_dim: int) -> int:
     """Memory that each thread needs beside the arrays; values are no wider than keys."""
-    queries = MOST * ((_QUERY_BYTES + 4) * head_dim + 8)
-    turned = max(
-        latent.scratch_bytes(head_dim, count, _positions_at_once(count))
-        for count in range(TILE, MOST + 1, TILE)
-    )
-    return queries + 4 * (PAGE * head_dim + _SCORES) + turned
-
-
-@register_jitable
-def _positions_at_once(queries: int) -> int:
-    """Positions whose scores are held at a time, for so many queries: pairs of pages."""
-    return min(CHUNK, _SCORES // queries // (2 * PAGE) * (2 * PAGE))
+    queries = MOST * (_QUERY_BYTES * head_dim + 4 * head_dim + 4 * (head_dim + 2))
+    turned = latent.scratch_bytes(head_dim, MOST, KV_BLOCK)
+    return queries + 4 * (PAGE * head_dim + MOST * (PAGE + _ROW + 2)) + turned
 
 
 @kernel
-def count_chunks(positions: Any) -> int:
-    """Into how many chunks the positions of a batch are cut."""
-    return positions.max() // CHUNK + 1 if positions.size <= FEW else 1
+def _next_rows(
+    seqs: Any, positions: Any, begin: int, group: int, free: int
+) -> tuple[int, int, bool]:
+    """The rows of one sequence from `begin` on that are taken together.
+
+    Returns the row after the last one, the chunks of their positions, and whether each of these is
+    a part of its own: then there is room for them among the cells that are free.
+    """
+    most = max(1, MOST // min(group, MOST))
+    end = begin + 1
+    while end < min(seqs.size, begin + most) and seqs[end] == seqs[begin]:
+        end += 1
+    chunks = positions[begin:end].max() // CHUNK + 1
+    return end, chunks, chunks > 1 and (end - begin) * chunks <= free
 
 
 @kernel
@@ -72,8 +93,9 @@ def attend(
     keys: Any,
     values: Any,
     kind: int,
-    slots: Any,
+    seqs: Any,
     positions: Any,
+    table: Any,
     first: int,
     group: int,
     scale: float,
@@ -87,171 +109,218 @@ def attend(
     """One thread's part of `reference.attention`; `join` follows when all are done.
 
     Args:
-        query: this and the next nine: see `reference.attention`.
-        keys: pages.
-        values: pages.
+        query: this and the next ten: see `reference.attention`.
+        keys: blocks.
+        values: blocks.
         kind: of the pages.
-        slots: of the rows.
+        seqs: of the rows.
         positions: of the rows.
+        table: of the sequences' blocks.
         first: place of the first head in its group.
         group: query heads that share a key head.
         scale: of the scores.
         mask: added to the scores.
-        parts: [rows, heads, chunks, value_dim + 2] float32, written if there are several chunks:
-            weighted sum of the values, sum of the weights, largest score.
-        out: [rows, heads, value_dim] float32, written if there is one chunk.
+        parts: [cells, heads, value_dim + 2] float32, for what is found in a chunk: weighted sum of
+            the values, sum of the weights, largest score. See `pages.count_cells`.
+        out: [rows, heads, value_dim] float32; rows whose chunks are in `parts` are not written.
         scratch: address of `scratch_bytes` of this thread's own.
         thread: this thread.
         n_threads: all threads.
     """
     rows, heads, _ = query.shape
-    chunks = count_chunks(positions)
     first_key, last_key = first // group, (first + heads - 1) // group
     at_once = min(group, MOST)  # heads that are taken together
-    height = max(1, MOST // at_once)  # rows
-    unit = 0
+    unit, mine = 0, False
     for kv_head in range(first_key, last_key + 1):
         first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first
         for head in range(first_head, min(heads, stop_head), at_once):
             stop = min(heads, stop_head, head + at_once)
-            begin = int64(0)  # not a literal, which would be a type of its own to compile for
-            while begin < rows:  # rows of one sequence after the other
-                end = begin + 1
-                while end < min(rows, begin + height) and slots[end] == slots[begin]:
-                    end += 1
-                last, ready = positions[begin:end].max() + 1, False
+            begin, used = int64(0), int64(0)  # not literals: types of their own to compile for
+            while begin < rows:
+                end, chunks, cut = _next_rows(seqs, positions, begin, group, len(parts) - used)
+                blocks = address_of(table[seqs[begin]])
+                cached = _cached(keys, values, kv_head, blocks)
+                row_span, head_span, ready = (begin, end), (head, stop), False
                 for chunk in range(chunks):
-                    unit += 1
-                    if (unit - 1) % n_threads != thread:
-                        continue
-                    row_span, head_span = (begin, end), (head, stop)
-                    if not ready:
+                    if cut or chunk == 0:
+                        mine = unit % n_threads == thread
+                        unit += 1
+                    if mine and not ready:
                         _prepare(query, row_span, head_span, kind, float32(scale), scratch)
                         ready = True
-                    _attend(
-                        query,
-                        keys[slots[begin], kv_head],
-                        values[slots[begin], kv_head],
-                        kind,
-                        positions,
-                        row_span,
-                        head_span,
-                        (CHUNK * chunk, min(last, CHUNK * (chunk + 1)) if chunks > 1 else last),
-                        mask,
-                        parts,
-                        out,
-                        scratch,
-                    )
+                    if mine:
+                        _attend(
+                            query.shape[2],
+                            cached,
+                            kind,
+                            positions,
+                            row_span,
+                            head_span,
+                            (chunk, chunks),
+                            mask,
+                            used if cut else int64(-1),
+                            parts,
+                            out,
+                            scratch,
+                        )
+                used += (end - begin) * chunks if cut else 0
                 begin = end
 
 
 @kernel
 def _attend(
-    query: Any,
-    keys: Any,
-    values: Any,
+    n: int,
+    cached: Any,
     kind: int,
     positions: Any,
     row_span: Any,
     head_span: Any,
-    position_span: Any,
+    chunk_of: Any,
     mask: Any,
+    cell: int,
     parts: Any,
     out: Any,
     scratch: int,
 ) -> None:
     """Some rows of one sequence, heads that share a key head, and positions of one chunk.
 
-    Their queries are in the scratch: see `_prepare`.
+    Their queries, `n` wide, are in the scratch: see `_prepare`. What is found goes to the cells
+    from `cell` on; or, where that is -1, to what the chunks before have left in the scratch.
     """
-    n, m, chunks = query.shape[2], out.shape[2], parts.shape[2]
-    turned = address_of(keys) == address_of(values)  # values are made of keys
-    (first_row, last_row), (first_head, last_head) = row_span, head_span
-    start, stop = position_span
+    keys, values, _, page_bytes, _ = cached
+    m, turned = out.shape[2], keys == values  # values are made of keys
+    (first_row, last_row), (first_head, last_head), (chunk, chunks) = row_span, head_span, chunk_of
     heads = last_head - first_head
     queries = (last_row - first_row) * heads
     room = (queries + TILE - 1) // TILE * TILE  # whole tiles of queries
     totals_at = scratch + _QUERY_BYTES * MOST * n
     totals = carray(float32_pointer(totals_at), (room, m))
-    page_at = totals_at + 4 * MOST * n
+    held_at = totals_at + 4 * MOST * n
+    held = carray(float32_pointer(held_at), (queries, m + 2))
+    page_at = held_at + 4 * MOST * (n + 2)
     page_keys = carray(float32_pointer(page_at), (PAGE * n,))
     page_values = carray(float32_pointer(page_at), (PAGE * m,))
-    scores_at = page_at + 4 * PAGE * n
-    largest = carray(float32_pointer(scores_at + 4 * _SCORES), (queries,))
-    sums = carray(float32_pointer(scores_at + 4 * (_SCORES + MOST)), (queries,))
-
-    totals[:] = 0
-    largest[:], sums[:] = float32(-np.inf), float32(0)
+    scaled_at = page_at + 4 * PAGE * n
+    scores_at, row_bytes = scaled_at + 4 * PAGE * MOST, 4 * _ROW
+    scores = carray(float32_pointer(scores_at), (room, _ROW))
+    largest = carray(float32_pointer(scores_at + 4 * _ROW * MOST), (queries,))
+    sums = carray(float32_pointer(scores_at + 4 * (_ROW + 1) * MOST), (queries,))
+    spare = scores_at + 4 * (_ROW + 2) * MOST
 
     # Pages are multiplied as they are kept if that is as fast; many queries share what is unpacked.
     few, whole = queries <= _AT_ONCE, m // PAGE * PAGE
     as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == m)
     size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
-    # Many positions of the keys, then as many of the values: each is read as a stream.
-    pairs = max(1, (stop - start + 2 * PAGE - 1) // (2 * PAGE))  # these rows may end before `start`
-    at_once = min(_positions_at_once(room), 2 * PAGE * pairs)
-    row_bytes = 4 * at_once
-    scores = carray(float32_pointer(scores_at), (room, at_once))
-    for block in range(start, stop, at_once):
-        first = block // PAGE
-        pages = (min(at_once, stop - block) + PAGE - 1) // PAGE
-        scores[:] = 0
-        if kind == KEPT_Q80:
-            _score(keys[first : first + pages], n // 32, scratch, scores_at, row_bytes, queries)
-        for page in range(pages if kind != KEPT_Q80 else 0):
-            b, c = address_of(keys[first + page]), scores_at + 4 * PAGE * page
-            if not as_kept:
-                unpack_numbers(keys[first + page], kind, page_keys)
-                b = page_at
-            multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries)
-        if kind == KEPT_Q80 and not turned:  # the first values, while scores become weights
-            for line in range(0, min(_AHEAD, pages * values.shape[1]), LINE):
-                prefetch(address_of(values[first]) + line)
-        for i in range(queries if mask.size else 0):
-            added = mask[first_row + i // heads, block:]
-            for j in range(min(PAGE * pages, added.size)):
-                scores[i, j] += added[j]
-        for i in range(queries):
-            limit = min(PAGE * pages, positions[first_row + i // heads] + 1 - block)
-            _soften(scores[i, : PAGE * pages], limit, totals[i], largest, sums, i)
-        if turned and kind == KEPT_Q80:
-            scores[:, PAGE * pages :] = 0
-            some = values[first : first + pages]
-            add_values(some, m, scores, queries, totals, scores_at + 4 * (_SCORES + 2 * MOST))
+    # All keys, then all values: each is read as a stream.
+    seen = positions[first_row:last_row].max() + 1
+    first, last = _CHUNK_PAGES * chunk, (seen + PAGE - 1) // PAGE
+    pages = min(_CHUNK_PAGES, last - first)
+    far = max(2, (_AHEAD // page_bytes + 1) // 2 * 2)
+    stream = (first, pages, last if cell < 0 else first + pages, far)
+    scores[:, : PAGE * (pages + 1)] = 0
+    if kind == KEPT_Q80:
+        _score(cached, stream, n // 32, scratch, scores_at, row_bytes, queries)
+    for page in range(pages if kind != KEPT_Q80 else 0):
+        b, c = _page(cached, keys, first + page), scores_at + 4 * PAGE * page
+        ahead = _page_ahead(cached, stream, page) - b
+        if not as_kept:
+            unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_keys)
+            b, ahead = page_at, 0
+        multiply(scratch, 4 * n, b, size, size * PAGE, n, c, row_bytes, queries, ahead)
+    for i in range(queries if mask.size else 0):
+        added = mask[first_row + i // heads, PAGE * first :]
+        for j in range(min(PAGE * pages, added.size)):
+            scores[i, j] += added[j]
+    for i in range(queries):
+        limit = positions[first_row + i // heads] + 1 - PAGE * first
+        sums[i], largest[i] = _soften(scores[i, : PAGE * pages], limit)
+    totals[:] = 0
+    if turned and kind == KEPT_Q80:
+        for page in range(0, pages, BLOCK_PAGES):
+            at, some = _page(cached, keys, first + page), min(BLOCK_PAGES, pages - page)
+            block = carray(uint8_pointer(at), (some, page_bytes))
+            add_values(block, m, scores[:, PAGE * page :], queries, totals, spare)
+    for page in range(0 if turned and kind == KEPT_Q80 else pages):
+        a, b = scores_at + 4 * PAGE * page, _page(cached, values, first + page)
+        ahead = _page_ahead(cached, stream, pages + page) - b
+        if kind == KEPT_Q80 and few:
+            for i in range(0, queries, TILE):
+                c = totals_at + 4 * i * m
+                _add_tile(b, m // 32, a + i * row_bytes, row_bytes, c, ahead)
             continue
-        for page in range(pages):
-            a, b = scores_at + 4 * PAGE * page, address_of(values[first + page])
-            if kind == KEPT_Q80 and few and not turned:
-                for i in range(0, queries, TILE):
-                    _add_tile(b, m // 32, a + i * row_bytes, row_bytes, totals_at + 4 * i * m)
-                continue
-            value_size = size
-            if turned:
-                turn_keys(values[first + page], kind, m, page_values)
-                b, value_size = page_at, 4
-            elif not as_kept:
-                unpack_values(values[first + page], kind, page_values)
-                b = page_at
-            for j in range(0, whole, PAGE):
-                c = totals_at + 4 * j
-                multiply(a, row_bytes, b, value_size, value_size * PAGE, PAGE, c, 4 * m, queries)
-                b += value_size * PAGE * PAGE
-            rest = carray(float32_pointer(b), (PAGE, m - whole))
-            for i in range(queries if whole < m else 0):
-                for lane in range(PAGE):
-                    for j in range(whole, m):
-                        totals[i, j] += scores[i, PAGE * page + lane] * rest[lane, j - whole]
+        if kind == KEPT_Q80:
+            _add_many(b, m, a, row_bytes, queries, totals_at, page_at, scaled_at)
+            continue
+        value_size = size
+        if turned:
+            turn_keys(carray(uint8_pointer(b), (page_bytes,)), kind, m, page_values)
+            b, ahead, value_size = page_at, 0, 4
+        elif not as_kept:
+            unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_values)
+            b, ahead = page_at, 0
+        for j in range(0, whole, PAGE):
+            c, step = totals_at + 4 * j, value_size * PAGE
+            multiply(a, row_bytes, b, value_size, step, PAGE, c, 4 * m, queries, ahead)
+            b += value_size * PAGE * PAGE
+        rest = carray(float32_pointer(b), (PAGE, m - whole))
+        for i in range(queries if whole < m else 0):
+            for lane in range(PAGE):
+                for j in range(whole, m):
+                    totals[i, j] += scores[i, PAGE * page + lane] * rest[lane, j - whole]
 
     for i in range(queries):
-        row, head = first_row + i // heads, first_head + i % heads
-        if chunks > 1:
-            chunk = start // CHUNK
+        row, head = i // heads, first_head + i % heads
+        if cell >= 0:
+            part = parts[cell + row * chunks + chunk, head]
             for j in range(m):
-                parts[row, head, chunk, j] = totals[i, j]
-            parts[row, head, chunk, m], parts[row, head, chunk, m + 1] = sums[i], largest[i]
+                part[j] = totals[i, j]
+            part[m], part[m + 1] = sums[i], largest[i]
+        elif chunks == 1:
+            _divide(totals[i], sums[i], out[first_row + row, head])
         else:
-            for j in range(m):
-                out[row, head, j] = totals[i, j] / sums[i]
+            _add_chunk(held[i], totals[i], sums[i], largest[i], chunk)
+            if chunk == chunks - 1:
+                _divide(held[i], held[i, m], out[first_row + row, head])
+
+
+@kernel
+def _cached(keys: Any, values: Any, kv_head: int, blocks: int) -> tuple[int, int, int, int, int]:
+    """What a key head has in caches: numbers, since arrays cost time wherever they are handed on.
+
+    The addresses of its first page of keys and of values in block 0, bytes from block to block and
+    of a page, and the address of the sequence's row of the table.
+    """
+    page_bytes = keys.shape[3]
+    first = kv_head * BLOCK_PAGES * page_bytes
+    block_bytes = keys.shape[1] * BLOCK_PAGES * page_bytes
+    return address_of(keys) + first, address_of(values) + first, block_bytes, page_bytes, blocks
+
+
+@kernel
+def _page(cached: Any, base: int, page: int) -> int:
+    """The address of a page of a sequence; `base` is that of keys or of values."""
+    _, _, block_bytes, page_bytes, blocks = cached
+    place = page // BLOCK_PAGES
+    block = carray(int64_pointer(blocks), (place + 1,))[place]
+    return base + block * block_bytes + page % BLOCK_PAGES * page_bytes
+
+
+@kernel
+def _page_ahead(cached: Any, stream: Any, place: int) -> int:
+    """The address of the page to ask for while that at a place in the stream is read.
+
+    The stream is some pages of keys and as many of values, then the keys behind them: `stream` has
+    the first page, how many, the one after the last, and how far to look ahead. Where values are
+    keys, there are only keys.
+    """
+    keys, values, _, _, _ = cached
+    first, pages, last, far = stream
+    place += far
+    if keys != values and place >= pages:
+        place -= pages
+        if place < pages:
+            return _page(cached, values, first + place)
+    return _page(cached, keys, min(first + place, last - 1))
 
 
 @kernel
@@ -292,40 +361,48 @@ def _round_queries(query: Any, row_span: Any, head_span: Any, scale: Any, tiles:
 
 @kernel
 def _score(
-    keys: Any, blocks: int, activations: int, scores: int, stride: int, queries: int
+    cached: Any,
+    stream: Any,
+    n_blocks: int,
+    activations: int,
+    scores: int,
+    stride: int,
+    queries: int,
 ) -> None:
     """Adds to [queries, positions] float32 the products with pages of Q80 keys.
 
-    `activations` and `scores` are addresses, `stride` the bytes from one query's scores to the
-    next's.
+    `n_blocks` are those of 32 numbers; `activations` and `scores` are addresses, `stride` the
+    bytes from one query's scores to the next's.
     """
-    pages, size = keys.shape
+    keys, _, _, size, _ = cached
+    first, pages, _, _ = stream
     tiles = (queries + TILE - 1) // TILE
     # Every tile brings its share of two later pages near: more at once would be waited for.
-    lines = (2 * size // 64 + tiles * blocks - 1) // (tiles * blocks)
-    for page in range(0, pages, 2):
-        at = address_of(keys[page])
+    lines = (2 * size // 64 + tiles * n_blocks - 1) // (tiles * n_blocks)
+    for page in range(0, pages, 2):  # both of the same block
+        at, near = _page(cached, keys, first + page), _page_ahead(cached, stream, page)
         for i in range(tiles):
-            x = activations + TILE * i * blocks * ROW_BYTES
+            x = activations + TILE * i * n_blocks * ROW_BYTES
             out = scores + TILE * i * stride + 4 * PAGE * page
-            ahead = at + max(2 * size, _AHEAD) + 64 * lines * blocks * i
+            ahead = near + 64 * lines * n_blocks * i
             if page + 1 < pages:
-                two_pages(at, size, x, blocks, out, stride, ahead, lines)
+                two_pages(at, size, x, n_blocks, out, stride, ahead, lines)
             else:
-                one_page(at, size, x, blocks, out, stride, ahead, lines)
+                one_page(at, size, x, n_blocks, out, stride, ahead, lines)
 
 
 @intrinsic
-def _add_tile(typingctx, page, blocks, weights, stride, totals):
+def _add_tile(typingctx, page, blocks, weights, stride, totals, ahead):
     """Adds a page of Q80 values, weighted, to [4, head_dim] float32.
 
     Addresses and sizes: the page, its blocks of 32, [4, 16] float32 weights so many bytes from row
-    to row, the totals. The scale of each position goes to its weights.
+    to row, the totals, bytes from the page to the one to ask for. The scale of each position goes
+    to its weights.
     """
 
     def codegen(context, builder, signature, args):
         asm = Asm(builder)
-        page, blocks, weights, stride, totals = (Value(asm, value) for value in args)
+        page, blocks, weights, stride, totals, ahead = (Value(asm, value) for value in args)
         kind, bytes_ = ir.VectorType(F32, PAGE), ir.VectorType(I8, PAGE)
         wide = ir.VectorType(I32, PAGE)
         rows = [weights + stride * asm.constant(I64, i) for i in range(TILE)]
@@ -334,7 +411,7 @@ def _add_tile(typingctx, page, blocks, weights, stride, totals):
         with asm.loop(blocks) as block:
             part = page.plus(block, PAGE * 34)
             for line in range(0, PAGE * 34, 64):
-                asm.prefetch(part, _AHEAD + line)
+                asm.prefetch(part + ahead, line)
             scales = asm.load(ir.VectorType(I16, PAGE), part).halves_as_floats(IN_HARDWARE)
             for i, row in enumerate(rows):
                 asm.store(asm.load(kind, row) * scales, scaled, 4 * PAGE * i)
@@ -363,51 +440,119 @@ def _add_tile(typingctx, page, blocks, weights, stride, totals):
                 asm.store(sums[key], place)
         return context.get_dummy_value()
 
+    return types.void(*[types.int64] * 6), codegen
+
+
+@kernel
+def _add_many(
+    page: int,
+    m: int,
+    weights: int,
+    stride: int,
+    queries: int,
+    totals: int,
+    floats: int,
+    scaled: int,
+) -> None:
+    """As `_add_tile`, with the same results, for any number of queries.
+
+    `floats` and `scaled` are addresses of memory for a block of 32, and for all weights.
+    """
+    for block in range(m // 32):
+        part, c = page + PAGE * 34 * block, totals + 4 * 32 * block
+        widen_values(part, floats)
+        _scale(weights, stride, part, queries, scaled)
+        for half in range(2):
+            b = floats + 4 * PAGE * PAGE * half
+            multiply(scaled, 4 * PAGE, b, 4, 4 * PAGE, PAGE, c + 4 * PAGE * half, 4 * m, queries, 0)
+
+
+@intrinsic
+def _scale(typingctx, weights, stride, block, queries, scaled):
+    """Rows of 16 weights times the scales of a block of Q80: addresses and sizes."""
+
+    def codegen(context, builder, signature, args):
+        asm = Asm(builder)
+        weights, stride, block, queries, scaled = (Value(asm, value) for value in args)
+        scales = asm.load(ir.VectorType(I16, PAGE), block).halves_as_floats(IN_HARDWARE)
+        with asm.loop(queries) as i:
+            row = asm.load(scales.type, weights + stride * i)
+            asm.store(row * scales, scaled.plus(i, 4 * PAGE))
+        return context.get_dummy_value()
+
     return types.void(*[types.int64] * 5), codegen
 
 
 @kernel
-def _soften(scores: Any, limit: int, total: Any, largest: Any, sums: Any, i: int) -> None:
-    """Scores to weights, for the first `limit` positions; earlier sums shrink to the new scale."""
-    if limit <= 0:
-        scores[:] = 0
-        return
-    for j in range(limit, scores.size):
+def _soften(scores: Any, limit: int) -> tuple[float, float]:
+    """Scores to weights, for the first `limit` positions; the sum of them, and the largest score.
+
+    The others get no weight. The largest is -inf if there are none, or none is selected.
+    """
+    for j in range(max(0, limit), scores.size):
         scores[j] = float32(-np.inf)
     address, vectors = address_of(scores), scores.size // PAGE
-    top = max(largest[i], _largest_score(address, vectors))
-    if top == float32(-np.inf):  # nothing of it is selected
+    top = float32(_largest_score(address, vectors))
+    if top == float32(-np.inf):
         scores[:] = 0
+        return float32(0), top
+    return exp_of_differences(address, top, vectors), top
+
+
+@exact_kernel
+def _add_chunk(held: Any, found: Any, weight: Any, largest: Any, chunk: int) -> None:
+    """Adds to the sums of earlier chunks what one more has found.
+
+    `held` is [n + 2] float32: sums of values, sum of weights, largest score, all of the earlier
+    ones; `found` is [n] float32 of this chunk, with its weight and largest score.
+    """
+    n = held.size - 2
+    if chunk == 0:
+        for j in range(n):
+            held[j] = found[j]
+        held[n], held[n + 1] = weight, largest
         return
-    if top > largest[i]:
-        shrink = exp(largest[i] - top)
-        sums[i] *= shrink
-        for j in range(total.size):
-            total[j] *= shrink
-        largest[i] = top
-    sums[i] += exp_of_differences(address, top, vectors)
+    if largest == float32(-np.inf):  # nothing of it is seen
+        return
+    top = max(held[n + 1], largest)
+    shrink, grow = exp(held[n + 1] - top), exp(largest - top)
+    for j in range(n):
+        held[j] = held[j] * shrink + found[j] * grow
+    held[n] = held[n] * shrink + weight * grow
+    held[n + 1] = top
+
+
+@exact_kernel
+def _divide(found: Any, weight: Any, out: Any) -> None:
+    for j in range(out.size):
+        out[j] = found[j] / weight
 
 
 @kernel
-def join(parts: Any, first: int, last: int, out: Any) -> None:
-    """Puts the chunks of heads `first` to before `last` together; arrays as in `attend`."""
-    rows, _, chunks, width = parts.shape
-    n = width - 2
-    for row in range(rows):
-        for head in range(first, last):
-            largest, total = float32(-np.inf), float32(0)
-            for chunk in range(chunks):
-                largest = max(largest, parts[row, head, chunk, n + 1])
-            for j in range(n):
-                out[row, head, j] = 0
-            for chunk in range(chunks):
-                # A row may end before this chunk: nothing is there, and its largest is -inf.
-                weight = exp(parts[row, head, chunk, n + 1] - largest)
-                total += weight * parts[row, head, chunk, n]
-                for j in range(n):
-                    out[row, head, j] += weight * parts[row, head, chunk, j]
-            for j in range(n):
-                out[row, head, j] /= total
+def join(
+    parts: Any,
+    seqs: Any,
+    positions: Any,
+    group: int,
+    first: int,
+    last: int,
+    scratch: int,
+    out: Any,
+) -> None:
+    """Adds up the chunks of heads `first` to before `last`; arrays and sizes as in `attend`."""
+    rows, m = out.shape[0], out.shape[2]
+    held = carray(float32_pointer(scratch), (m + 2,))
+    begin, cell = int64(0), int64(0)
+    while begin < rows:
+        end, chunks, cut = _next_rows(seqs, positions, begin, group, len(parts) - cell)
+        for row in range(begin, end if cut else begin):
+            for head in range(first, last):
+                for chunk in range(chunks):
+                    part = parts[cell + chunk, head]
+                    _add_chunk(held, part, part[m], part[m + 1], chunk)
+                _divide(held, held[m], out[row, head])
+            cell += chunks
+        begin = end
 
 
 @intrinsic
@@ -437,27 +582,29 @@ def multiply(
     c: int,
     c_stride: int,
     queries: int,
+    ahead: int,
 ) -> None:
     """c[query, :16] += sum over k of a[query, k] * b[k, :16].
 
-    Addresses, and strides in bytes; `b` holds float32, or float16 if its numbers have 2 bytes.
+    Addresses, and strides in bytes; `b` holds float32, or float16 if its numbers have 2 bytes. What
+    lies `ahead` bytes behind halves is asked for.
     """
     i = 0
     while i < queries:
         row, out, left = a + i * a_stride, c + i * c_stride, queries - i
         if b_size == 2:
             if left >= 8:
-                _halves_8(row, a_stride, b, b_stride, count, out, c_stride)
+                _halves_8(row, a_stride, b, b_stride, count, out, c_stride, ahead)
             elif left >= 4:
-                _halves_4(row, a_stride, b, b_stride, count, out, c_stride)
+                _halves_4(row, a_stride, b, b_stride, count, out, c_stride, ahead)
             else:
-                _halves_1(row, a_stride, b, b_stride, count, out, c_stride)
+                _halves_1(row, a_stride, b, b_stride, count, out, c_stride, ahead)
         elif left >= 8:
-            _floats_8(row, a_stride, b, b_stride, count, out, c_stride)
+            _floats_8(row, a_stride, b, b_stride, count, out, c_stride, ahead)
         elif left >= 4:
-            _floats_4(row, a_stride, b, b_stride, count, out, c_stride)
+            _floats_4(row, a_stride, b, b_stride, count, out, c_stride, ahead)
         else:
-            _floats_1(row, a_stride, b, b_stride, count, out, c_stride)
+            _floats_1(row, a_stride, b, b_stride, count, out, c_stride, ahead)
         i += 8 if left >= 8 else 4 if left >= 4 else 1
 
 
@@ -465,10 +612,12 @@ def _multiply_rows(queries, halves):
     """An intrinsic: `multiply` for so many queries, with the sums in registers."""
 
     @intrinsic
-    def _multiply(typingctx, a, a_stride, b, b_stride, count, c, c_stride):
+    def _multiply(typingctx, a, a_stride, b, b_stride, count, c, c_stride, ahead):
         def codegen(context, builder, signature, args):
             asm = Asm(builder)
-            a, a_stride, b, b_stride, count, c, c_stride = (Value(asm, value) for value in args)
+            a, a_stride, b, b_stride, count, c, c_stride, ahead = (
+                Value(asm, value) for value in args
+            )
             kind, kept = ir.VectorType(F32, PAGE), ir.VectorType(I16, PAGE)
             a_rows = [a + a_stride * asm.constant(I64, i) for i in range(queries)]
             c_rows = [c + c_stride * asm.constant(I64, i) for i in range(queries)]
@@ -476,7 +625,7 @@ def _multiply_rows(queries, halves):
             with asm.loop(count) as k:
                 place = b + b_stride * k
                 if halves:
-                    asm.prefetch(place, _AHEAD)
+                    asm.prefetch(place + ahead, 0)
                     vector = asm.load(kept, place).halves_as_floats(IN_HARDWARE)
                 else:
                     vector = asm.load(kind, place)
@@ -487,7 +636,7 @@ def _multiply_rows(queries, halves):
                 asm.store(total.get(), row)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return _multiply
 

@@ -17,7 +17,7 @@ from pyllama_kernels.lowlevel import (
     stack,
     uint16_pointer,
 )
-from pyllama_kernels.pages import KEPT_F16, KEPT_F32, KEPT_Q80, PAGE
+from pyllama_kernels.pages import KEPT_F16, KEPT_F32, KEPT_Q80, KV_BLOCK, PAGE
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import I8, I16, I32, Asm, Value
 
@@ -35,15 +35,22 @@ def _halves(page: Any, rows: int, columns: int) -> Any:
 
 
 @kernel
-def store_keys(x: Any, slots: Any, positions: Any, kind: int, cache: Any) -> None:
+def place_of(blocks: Any, position: int) -> tuple[int, int, int]:
+    """Where a position of a sequence lies: its block, the page there, and its place in the page."""
+    inside = position % KV_BLOCK
+    return blocks[position // KV_BLOCK], inside // PAGE, inside % PAGE
+
+
+@kernel
+def store_keys(x: Any, seqs: Any, positions: Any, table: Any, kind: int, cache: Any) -> None:
     """See `reference.store_keys`."""
     rows, heads, n = x.shape
     room = stack(32)
     rounded = carray(int8_pointer(room), (32,))
     for row in range(rows):
-        number, lane = positions[row] // PAGE, positions[row] % PAGE
+        held, number, lane = place_of(table[seqs[row]], positions[row])
         for head in range(heads):
-            page = cache[slots[row], head, number]
+            page = cache[held, head, number]
             if kind == KEPT_F32:
                 floats = _f32s(page, n, PAGE)
                 for i in range(n):
@@ -62,13 +69,13 @@ def store_keys(x: Any, slots: Any, positions: Any, kind: int, cache: Any) -> Non
 
 
 @kernel
-def store_values(x: Any, slots: Any, positions: Any, kind: int, cache: Any) -> None:
+def store_values(x: Any, seqs: Any, positions: Any, table: Any, kind: int, cache: Any) -> None:
     """See `reference.store_values`."""
     rows, heads, n = x.shape
     for row in range(rows):
-        number, lane = positions[row] // PAGE, positions[row] % PAGE
+        held, number, lane = place_of(table[seqs[row]], positions[row])
         for head in range(heads):
-            page = cache[slots[row], head, number]
+            page = cache[held, head, number]
             if kind == KEPT_F32:
                 floats = _f32s(page, 1, PAGE * n)[0]
                 for i in range(n):
@@ -93,19 +100,23 @@ def _place(lane: int, i: int, n: int) -> int:
 
 
 @intrinsic
-def _unpack_values_q80(typingctx, values, scale, out):
-    """32 numbers of one position, into two parts of 16. Addresses, and a float32."""
+def widen_values(typingctx, block, out):
+    """The int8 of a block of Q80 values as float32, without scales. Addresses.
+
+    `out` is [2][16 positions][16]: the first half of each position's numbers, then the second.
+    """
 
     def codegen(context, builder, signature, args):
         asm = Asm(builder)
-        values, scale, out = (Value(asm, value) for value in args)
-        for i in range(0, 32, PAGE):
-            bytes_ = asm.load(ir.VectorType(I8, PAGE), values, i)
-            floats = bytes_.widened(ir.VectorType(I32, PAGE), signed=True).as_floats()
-            asm.store(floats * asm.splat(scale, PAGE), out, 4 * PAGE * i)
+        block, out = (Value(asm, value) for value in args)
+        for lane in range(PAGE):
+            for half in range(2):
+                bytes_ = asm.load(ir.VectorType(I8, PAGE), block, 2 * PAGE + 32 * lane + 16 * half)
+                floats = bytes_.widened(ir.VectorType(I32, PAGE), signed=True).as_floats()
+                asm.store(floats, out, 4 * PAGE * (PAGE * half + lane))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.float32, types.int64), codegen
+    return types.void(types.int64, types.int64), codegen
 
 
 @kernel
@@ -136,21 +147,6 @@ def unpack_keys(page: Any, kind: int, out: Any) -> None:
                 number = values[2 * PAGE + 4 * (PAGE * (i // 4) + lane) + i % 4]
                 place = PAGE * (32 * block + i) + lane
                 out[place] = number * half_to_float(scales[0, lane])
-
-
-@kernel
-def unpack_values(page: Any, kind: int, out: Any) -> None:
-    """A page of values as float32, in the order of a page of float32: [16 * head_dim]."""
-    if kind == KEPT_Q80:
-        for block in range(out.size // (32 * PAGE)):
-            part = page[_BLOCK_BYTES * block :]
-            scales = _halves(part, 1, PAGE)
-            for lane in range(PAGE):
-                values = address_of(part) + 2 * PAGE + 32 * lane
-                target = address_of(out) + 4 * PAGE * (32 * block + lane)
-                _unpack_values_q80(values, half_to_float(scales[0, lane]), target)
-    else:
-        unpack_numbers(page, kind, out)
 
 
 @intrinsic

@@ -77,7 +77,7 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> tuple[int, int
     if code == Code.COMBINE:
         return min(n_threads, 1 + rows * n * op.active // _NUMBERS), 1
     if code == Code.ATTEND:
-        seen = rows * i64(step[POSITIONS], rows).max()
+        seen = i64(step[POSITIONS], rows).sum()
         return cut_twice(_SHARES, seen * op.heads * n // _SCORES, n_threads)
     if code == Code.SELECT:
         return cut_twice(_SHARES, rows, n_threads)

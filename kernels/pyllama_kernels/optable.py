@@ -62,9 +62,8 @@ OP = np.dtype(
         ("heads", np.int64),
         ("kv_heads", np.int64),
         ("seq_len", np.int64),
-        ("n_slots", np.int64),
-        ("kind", np.int64),  # of a cache, see `cache`
-        ("pages", np.int64),
+        ("n_blocks", np.int64),
+        ("kind", np.int64),  # of a cache, see `pages`
         ("page_bytes", np.int64),
         ("first", np.int64),
         ("group", np.int64),
@@ -85,10 +84,11 @@ OP = np.dtype(
 )
 
 # The words of `step`, an int64 array: counts of rows (of the batch, with logits, of experts), the
-# addresses of the rows' facts, and of memory for attention: the chunks' results, and scratch of so
-# many bytes for each thread.
-N_ROWS, N_LOGITS, N_PAIRS, SLOTS, POSITIONS, LOGITS, PARTS, SCRATCH, SCRATCH_BYTES = range(9)
-STEP_WORDS = 9
+# addresses of the rows' facts; the table of blocks and its shape; and memory for attention: the
+# chunks' results, for so many chunks of rows, and scratch of so many bytes for each thread.
+N_ROWS, N_LOGITS, N_PAIRS, SEQS, POSITIONS, LOGITS = range(6)
+TABLE, N_SEQS, SEQ_BLOCKS, PARTS, CELLS, SCRATCH, SCRATCH_BYTES = range(6, 13)
+STEP_WORDS = 13
 
 
 @kernel
@@ -107,6 +107,12 @@ def u8(address: int, *shape: int) -> Any:
 def i64(address: int, n: int) -> Any:
     """Int64 memory as an array of n."""
     return carray(int64_pointer(address), (n,))
+
+
+@kernel
+def table_of(step: Any) -> Any:
+    """The table of blocks, [n_seqs, blocks per sequence] int64: see `pages`."""
+    return carray(int64_pointer(step[TABLE]), (step[N_SEQS], step[SEQ_BLOCKS]))
 
 
 @kernel

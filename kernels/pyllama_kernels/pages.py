@@ -11,8 +11,15 @@ are read from the first byte to the last.
                          keys:   [8][16 positions][4] int8, as 16 rows of weights lie
                          values: [16 positions][32] int8
 
-A cache is [slots, kv_heads, pages, page bytes] uint8. `cache` holds the compiled side; here are the
-sizes and the NumPy side.
+A cache is [n_blocks, kv_heads, BLOCK_PAGES, page bytes] uint8. A block holds the pages of some
+positions that follow each other, for all key heads; a table, [n_seqs, blocks per sequence] int64,
+says which block holds which positions of a sequence, and is -1 where none does yet. So memory is
+taken by what is kept, and sequences can share what their beginnings have in common.
+
+`cache` holds the compiled side; here are the sizes and the NumPy side.
+
+Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with
+PagedAttention, 2023.
 """
 
 from typing import Any
@@ -25,8 +32,10 @@ from pyllama_kernels.blocks import quantize_q80
 U8 = npt.NDArray[np.uint8]
 
 PAGE = 16  # positions
-CHUNK = 512  # positions that a thread works on by itself where a batch has few rows
-FEW = 4  # rows at most whose positions are cut into chunks
+KV_BLOCK = 128  # positions of a block; the softmax is updated once for each
+BLOCK_PAGES = KV_BLOCK // PAGE
+_LONGEST = 8  # rows of the longest context whose chunks can be parts of their own
+CHUNK = 512  # positions whose sums are made from zero, then added to those before: whole blocks
 
 # How a cache is kept: distributed-llama's numbers of float types.
 KEPT_F32, KEPT_F16, KEPT_Q80 = 0, 1, 3
@@ -36,6 +45,29 @@ def page_bytes(kind: int, head_dim: int) -> int:
     """Bytes of a page; head_dim must be a multiple of 32 for Q80."""
     row = {KEPT_F32: 4 * head_dim, KEPT_F16: 2 * head_dim, KEPT_Q80: head_dim // 32 * 34}[kind]
     return PAGE * row
+
+
+def seq_blocks(seq_len: int) -> int:
+    """Blocks of a sequence of so many positions."""
+    return -(-seq_len // KV_BLOCK)
+
+
+def count_cells(seq_len: int, max_rows: int) -> int:
+    """How many chunks of rows, at most, are parts of their own: see `attention`."""
+    return min(_LONGEST, max_rows) * -(-seq_len // CHUNK)
+
+
+def pages_of(cache: U8, blocks: npt.NDArray[np.int64], head: int, count: int) -> U8:
+    """The pages of a sequence's first positions, [pages, page bytes]: a copy.
+
+    Args:
+        cache: [n_blocks, kv_heads, BLOCK_PAGES, page bytes] uint8.
+        blocks: the row of the table that belongs to the sequence.
+        head: a key head.
+        count: positions.
+    """
+    pages = cache[blocks[: seq_blocks(count)], head].reshape(-1, cache.shape[-1])
+    return pages[: -(-count // PAGE)]
 
 
 def write_position(

@@ -17,7 +17,14 @@ from pyllama_kernels.layout import (
     unpack_activations,
     unpack_weights,
 )
-from pyllama_kernels.pages import KEPT_Q80, PAGE, read_positions, write_position
+from pyllama_kernels.pages import (
+    KEPT_Q80,
+    KV_BLOCK,
+    PAGE,
+    pages_of,
+    read_positions,
+    write_position,
+)
 from pyllama_kernels.plans import LISTED, PAIRS, lists, spans
 
 F32 = npt.NDArray[np.float32]
@@ -153,28 +160,31 @@ def concat(first: F32, second: F32, out: F32) -> None:
     out[:] = np.concatenate([first, second], axis=2)
 
 
-def store_keys(x: F32, slots: I64, positions: I64, kind: int, cache: U8) -> None:
+def store_keys(x: F32, seqs: I64, positions: I64, table: I64, kind: int, cache: U8) -> None:
     """Keeps each row's keys.
 
     Args:
         x: [rows, kv_heads, head_dim] float32.
-        slots: [rows] int64, the sequence of each row.
+        seqs: [rows] int64, the sequence of each row.
         positions: [rows] int64.
-        kind: float type of the cache: see `cache`.
-        cache: [slots, kv_heads, pages, page bytes] uint8: see `cache`.
+        table: [n_seqs, blocks per sequence] int64: see `pages`.
+        kind: float type of the cache: see `pages`.
+        cache: [n_blocks, kv_heads, BLOCK_PAGES, page bytes] uint8: see `pages`.
     """
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-        page, lane = divmod(position, PAGE)
+    for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
+        page, lane = divmod(position % KV_BLOCK, PAGE)
+        block = table[seq, position // KV_BLOCK]
         for head, key in enumerate(x[row]):
-            write_position(cache[slot, head, page], lane, key, kind, lanes_last=True)
+            write_position(cache[block, head, page], lane, key, kind, lanes_last=True)
 
 
-def store_values(x: F32, slots: I64, positions: I64, kind: int, cache: U8) -> None:
+def store_values(x: F32, seqs: I64, positions: I64, table: I64, kind: int, cache: U8) -> None:
     """Keeps each row's values: arguments as for `store_keys`."""
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-        page, lane = divmod(position, PAGE)
+    for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
+        page, lane = divmod(position % KV_BLOCK, PAGE)
+        block = table[seq, position // KV_BLOCK]
         for head, value in enumerate(x[row]):
-            write_position(cache[slot, head, page], lane, value, kind, lanes_last=False)
+            write_position(cache[block, head, page], lane, value, kind, lanes_last=False)
 
 
 def attention(
@@ -182,8 +192,9 @@ def attention(
     keys: U8,
     values: U8,
     kind: int,
-    slots: I64,
+    seqs: I64,
     positions: I64,
+    table: I64,
     first: int,
     group: int,
     scale: float,
@@ -194,11 +205,12 @@ def attention(
 
     Args:
         query: [rows, heads, head_dim] float32.
-        keys: [slots, kv_heads, pages, page bytes] uint8: see `cache`.
+        keys: [n_blocks, kv_heads, BLOCK_PAGES, page bytes] uint8: see `pages`.
         values: likewise; or the same array, then values are the first numbers of the keys.
         kind: float type of the cache; keys of Q80 meet queries that are rounded to Q80.
-        slots: [rows] int64.
+        seqs: [rows] int64.
         positions: [rows] int64.
+        table: [n_seqs, blocks per sequence] int64.
         first: head h reads key head (first + h) // group.
         group: query heads that share a key head.
         scale: of the scores.
@@ -210,14 +222,17 @@ def attention(
     n, value_dim, turned = query.shape[2], out.shape[2], keys is values
     if kind == KEPT_Q80:
         query = dequantize_q80(quantize_q80(query))
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+    for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
         for head in range(query.shape[1]):
             kv_head = (first + head) // group
             # [context, head_dim]
-            k = read_positions(keys[slot, kv_head], n, kind, lanes_last=True)[: position + 1]
-            v = k[:, :value_dim]
-            if not turned:
-                v = read_positions(values[slot, kv_head], n, kind, lanes_last=False)[: position + 1]
+            k, v = (
+                read_positions(
+                    pages_of(held, table[seq], kv_head, position + 1), n, kind, lanes_last=is_keys
+                )[: position + 1]
+                for held, is_keys in ((keys, True), (values, turned))
+            )
+            v = v[:, :value_dim]
             scores = k @ query[row, head] * np.float32(scale)
             if mask.size:
                 scores += mask[row, : position + 1]
@@ -230,8 +245,9 @@ def select(
     weights: F32,
     keys: U8,
     kind: int,
-    slots: I64,
+    seqs: I64,
     positions: I64,
+    table: I64,
     top_k: int,
     scale: float,
     out: F32,
@@ -243,10 +259,11 @@ def select(
     Args:
         query: [rows, heads, head_dim] float32.
         weights: [rows, heads] float32.
-        keys: [slots, 1, pages, page bytes] uint8: see `cache`.
+        keys: [n_blocks, 1, BLOCK_PAGES, page bytes] uint8: see `pages`.
         kind: float type of the cache.
-        slots: [rows] int64.
+        seqs: [rows] int64.
         positions: [rows] int64; only those up to the row's own are looked at.
+        table: [n_seqs, blocks per sequence] int64.
         top_k: how many are selected.
         scale: of the products.
         out: [rows, seq_len] float32.
@@ -255,8 +272,9 @@ def select(
     """
     n = query.shape[2]
     out[:] = -np.inf
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-        k = read_positions(keys[slot, 0], n, kind, lanes_last=True)[: position + 1]
+    for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
+        pages = pages_of(keys, table[seq], 0, position + 1)
+        k = read_positions(pages, n, kind, lanes_last=True)[: position + 1]
         products = np.maximum(query[row] @ k.T * np.float32(scale), 0)  # [heads, context]
         scores = weights[row] @ products
         chosen = np.argsort(-scores, kind="stable")[:top_k]

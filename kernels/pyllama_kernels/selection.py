@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray, float32, uint32
 
 from pyllama_kernels.attention import multiply
-from pyllama_kernels.cache import unpack_keys
+from pyllama_kernels.cache import place_of, unpack_keys
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.lowlevel import (
     address_of,
@@ -32,8 +32,9 @@ def select(
     weights: Any,
     keys: Any,
     kind: int,
-    slots: Any,
+    seqs: Any,
     positions: Any,
+    table: Any,
     top_k: int,
     scale: float,
     out: Any,
@@ -56,9 +57,10 @@ def select(
             continue
         q, k = address_of(query[row]), scratch
         for page in range((seen + PAGE - 1) // PAGE):
-            unpack_keys(keys[slots[row], 0, page], kind, page_keys)
+            block, number, _ = place_of(table[seqs[row]], PAGE * page)
+            unpack_keys(keys[block, 0, number], kind, page_keys)
             products[:] = 0
-            multiply(q, 4 * n, k, 4, 4 * PAGE, n, k + 4 * PAGE * n, 4 * PAGE, heads)
+            multiply(q, 4 * n, k, 4, 4 * PAGE, n, k + 4 * PAGE * n, 4 * PAGE, heads, 0)
             for lane in range(min(PAGE, seen - PAGE * page)):
                 total = float32(0)
                 for head in range(heads):

@@ -7,13 +7,14 @@ One function for each family of ops. They are compiled by processes beside each 
 from typing import Any
 
 from pyllama_kernels import ops
-from pyllama_kernels.attention import attend, count_chunks, join
+from pyllama_kernels.attention import attend, join
 from pyllama_kernels.blocks import BLOCK
 from pyllama_kernels.cache import store_keys, store_values
 from pyllama_kernels.experts import combine, make_plan, quantize_experts, route
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.layout import activation_bytes
 from pyllama_kernels.optable import (
+    CELLS,
     LOGITS,
     N_PAIRS,
     N_ROWS,
@@ -21,14 +22,16 @@ from pyllama_kernels.optable import (
     POSITIONS,
     SCRATCH,
     SCRATCH_BYTES,
-    SLOTS,
+    SEQS,
     Code,
     f32,
     i64,
     plan_at,
     share,
+    table_of,
     u8,
 )
+from pyllama_kernels.pages import BLOCK_PAGES
 from pyllama_kernels.plans import EXPERTS, PAIRS, lists
 from pyllama_kernels.products import activations
 from pyllama_kernels.selection import select
@@ -114,30 +117,30 @@ def run_attention(op: Any, step: Any, part: int, parts: int, thread: int) -> Non
 
     elif code == Code.STORE_KEYS or code == Code.STORE_VALUES:
         a, z = share(op.heads, part, parts)
-        slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-        cache = u8(op.out, op.n_slots, op.heads, op.pages, op.page_bytes)[:, a:z]
+        seqs, positions = i64(step[SEQS], rows), i64(step[POSITIONS], rows)
+        cache = u8(op.out, op.n_blocks, op.heads, BLOCK_PAGES, op.page_bytes)[:, a:z]
         x = f32(op.a, rows, op.heads, n)[:, a:z]
         if code == Code.STORE_KEYS:
-            store_keys(x, slots, positions, op.kind, cache)
+            store_keys(x, seqs, positions, table_of(step), op.kind, cache)
         else:
-            store_values(x, slots, positions, op.kind, cache)
+            store_values(x, seqs, positions, table_of(step), op.kind, cache)
 
     elif code == Code.ATTEND:
-        slots, positions = i64(step[SLOTS], rows), i64(step[POSITIONS], rows)
-        keys = u8(op.c, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
-        values = u8(op.b, op.n_slots, op.kv_heads, op.pages, op.page_bytes)
+        keys = u8(op.c, op.n_blocks, op.kv_heads, BLOCK_PAGES, op.page_bytes)
+        values = u8(op.b, op.n_blocks, op.kv_heads, BLOCK_PAGES, op.page_bytes)
         attend(
             f32(op.a, rows, op.heads, n),
             keys,
             values,
             op.kind,
-            slots,
-            positions,
+            i64(step[SEQS], rows),
+            i64(step[POSITIONS], rows),
+            table_of(step),
             op.first,
             op.group,
             op.scale,
             f32(op.w, rows if op.w else 0, op.seq_len),
-            f32(step[PARTS], rows, op.heads, count_chunks(positions), m + 2),
+            f32(step[PARTS], step[CELLS], op.heads, m + 2),
             f32(op.out, rows, op.heads, m),
             step[SCRATCH] + thread * step[SCRATCH_BYTES],
             part,
@@ -145,21 +148,28 @@ def run_attention(op: Any, step: Any, part: int, parts: int, thread: int) -> Non
         )
 
     elif code == Code.JOIN:
-        chunks = count_chunks(i64(step[POSITIONS], rows))
-        if chunks > 1:
-            a, z = share(op.heads, part, parts)
-            found = f32(step[PARTS], rows, op.heads, chunks, m + 2)
-            join(found, a, z, f32(op.out, rows, op.heads, m))
+        a, z = share(op.heads, part, parts)
+        join(
+            f32(step[PARTS], step[CELLS], op.heads, m + 2),
+            i64(step[SEQS], rows),
+            i64(step[POSITIONS], rows),
+            op.group,
+            a,
+            z,
+            step[SCRATCH] + thread * step[SCRATCH_BYTES],
+            f32(op.out, rows, op.heads, m),
+        )
 
     elif code == Code.SELECT:
         a, z = share(rows, part, parts)
         select(
             f32(op.a, rows, op.heads, n),
             f32(op.b, rows, op.heads),
-            u8(op.c, op.n_slots, 1, op.pages, op.page_bytes),
+            u8(op.c, op.n_blocks, 1, BLOCK_PAGES, op.page_bytes),
             op.kind,
-            i64(step[SLOTS], rows),
+            i64(step[SEQS], rows),
             i64(step[POSITIONS], rows),
+            table_of(step),
             op.group,
             op.scale,
             f32(op.out, rows, op.seq_len),

@@ -109,7 +109,7 @@ class Bench:
     def _read(self, start: int, stop: int) -> None:
         """Positions as a prompt: in batches, with the logits of the last token."""
         for batch in _prompt(start, stop, self._program.max_rows):
-            tokens = self._random.integers(0, self._vocab_size, len(batch.slots)).tolist()
+            tokens = self._random.integers(0, self._vocab_size, len(batch.seqs)).tolist()
             self._root.step(tokens, batch)
         self._filled = max(self._filled, stop)
 

@@ -33,7 +33,7 @@ def traffic(programs: Sequence[Program], batches: Iterable[Batch]) -> list[Traff
     Returns:
         The bytes of each of these nodes.
     """
-    steps = [(len(batch.slots), len(batch.logits)) for batch in batches]
+    steps = [(len(batch.seqs), len(batch.logits)) for batch in batches]
     return [sum((_of_step(p, *step) for step in steps), Traffic()) for p in programs]
 
 

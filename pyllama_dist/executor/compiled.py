@@ -39,6 +39,7 @@ from pyllama_dist.program import (
 from pyllama_kernels import oploop, optable, team
 from pyllama_kernels.attention import MOST, scratch_bytes
 from pyllama_kernels.optable import OP, Code
+from pyllama_kernels.pages import count_cells
 from pyllama_kernels.selection import select_scratch_bytes
 
 _JOIN_SECONDS = 5.0
@@ -83,9 +84,13 @@ class CompiledExecutor:
                 entry[field] = value
         self._state = team.new_state(n_threads)
         self._step = np.zeros(optable.STEP_WORDS, np.int64)
-        self._step[optable.SLOTS] = _address(self.memory.slots)
+        self._step[optable.SEQS] = _address(self.memory.seqs)
         self._step[optable.POSITIONS] = _address(self.memory.positions)
         self._step[optable.LOGITS] = _address(self.memory.logits)
+        self._step[optable.TABLE] = _address(self.memory.table)
+        self._step[optable.N_SEQS] = program.n_seqs
+        self._step[optable.SEQ_BLOCKS] = self.memory.table.shape[1]
+        self._step[optable.CELLS] = count_cells(program.seq_len, program.max_rows)
         self._step[optable.PARTS] = _address(self._parts)
         self._step[optable.SCRATCH] = _address(self._scratch)
         self._step[optable.SCRATCH_BYTES] = scratch
@@ -364,8 +369,8 @@ class _Lowering:
     def cache(self, name: str) -> dict[str, float]:
         """The sizes of a cache."""
         spec = self.caches[name]
-        n_slots, kv_heads, pages, page_bytes = self.memory.caches[name].shape
-        sizes = {"n_slots": n_slots, "pages": pages, "page_bytes": page_bytes}
+        n_blocks, kv_heads, _, page_bytes = self.memory.caches[name].shape
+        sizes = {"n_blocks": n_blocks, "page_bytes": page_bytes}
         return sizes | {"kind": spec.float_type, "kv_heads": kv_heads, "n": spec.head_dim}
 
     def width(self, name: str) -> int:

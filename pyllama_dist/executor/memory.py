@@ -33,7 +33,7 @@ from pyllama_kernels.layout import (
     pack_weights_in_place,
     packed_rows,
 )
-from pyllama_kernels.pages import CHUNK, FEW, PAGE, page_bytes
+from pyllama_kernels.pages import BLOCK_PAGES, KV_BLOCK, count_cells, page_bytes, seq_blocks
 from pyllama_kernels.plans import most_tile_rows, new_plan, plan_words
 
 F32 = npt.NDArray[np.float32]
@@ -57,17 +57,25 @@ def pipe_bytes(program: Program, pipe: Pipe) -> int:
 def planned_bytes(program: Program) -> int:
     """Bytes that a node needs for a program, as far as they grow with the model."""
     caches = sum(c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
-    positions = -(-program.seq_len // PAGE) * PAGE  # caches are whole pages
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
     tables = sum(4 * rotary_dim for rotary_dim, _, _ in _rope_kinds(program))
     facts = 8 * (2 * program.max_rows + program.max_logits)
+    facts += 8 * program.n_seqs * seq_blocks(program.seq_len)
     held = sum(_room(weight) for weight in weights(program))
-    kept = caches * program.n_slots * positions + tables * program.seq_len
+    kept = caches * program.n_blocks * KV_BLOCK + tables * program.seq_len
     parts = max((parts_bytes(program, op) for op in ops_of(program, Attention)), default=0)
     plans = sum(8 * _plan_words(program, n_experts) for n_experts in _routes(program).values())
     plans += sum(8 * op.weight.count for op in ops_of(program, ExpertMatmul))  # their addresses
     return held + kept + buffers + pipes + facts + parts + plans
+
+
+def own_blocks(program: Program) -> tuple[tuple[int, int, int], ...]:
+    """The table where each sequence has blocks of its own, as far as there are any."""
+    each = seq_blocks(program.seq_len)
+    places = ((seq, place) for seq in range(program.n_seqs) for place in range(each))
+    blocks = range(program.n_blocks)
+    return tuple((seq, place, block) for (seq, place), block in zip(places, blocks, strict=False))
 
 
 def rope_kind(op: Rope) -> RopeKind:
@@ -91,11 +99,11 @@ def _plan_words(program: Program, n_experts: int) -> int:
 
 
 def parts_bytes(program: Program, op: Attention) -> int:
-    """Bytes of what an attention op finds in each chunk of positions, for a small batch."""
+    """Bytes of what an attention op finds in each chunk of positions, for a few rows."""
     head_dim = next(c.head_dim for c in program.caches if c.name == op.key_cache)
     width = next(b.width for b in program.buffers if b.name == op.query)
-    chunks = -(-program.seq_len // CHUNK)
-    return 4 * FEW * width // head_dim * chunks * (head_dim + 2)  # values are no wider than keys
+    cells = count_cells(program.seq_len, program.max_rows)
+    return 4 * cells * width // head_dim * (head_dim + 2)  # values are no wider than keys
 
 
 def ops_of(program: Program, kind: type[_Op]) -> Iterator[_Op]:
@@ -116,9 +124,8 @@ def _buffer_bytes(program: Program, buffer: Buffer) -> int:
 
 
 def _cache_shape(program: Program, cache: Cache) -> tuple[int, ...]:
-    pages = -(-program.seq_len // PAGE)
     size = page_bytes(cache.float_type.value, cache.head_dim)
-    return program.n_slots, cache.kv_heads, pages, size
+    return program.n_blocks, cache.kv_heads, BLOCK_PAGES, size
 
 
 def _room(weight: Weight) -> int:
@@ -235,7 +242,9 @@ class Memory:
         self.rope: dict[RopeKind, tuple[F32, F32]] = {
             kind: rope_tables(program.seq_len, *kind) for kind in _rope_kinds(program)
         }
-        self.slots: I64 = np.zeros(program.max_rows, np.int64)
+        # Which block holds which positions of a sequence; -1: none.
+        self.table: I64 = np.full((program.n_seqs, seq_blocks(program.seq_len)), -1, np.int64)
+        self.seqs: I64 = np.zeros(program.max_rows, np.int64)
         self.positions: I64 = np.zeros(program.max_rows, np.int64)
         self.logits: I64 = np.zeros(program.max_logits, np.int64)
         self.n_rows = self.n_logits = self.n_pairs = 0
@@ -261,9 +270,14 @@ class Memory:
         return room.reshape(rows, weight.float_type.row_bytes(cols))
 
     def set_batch(self, batch: Batch) -> None:
-        """The rows that the next segments work on."""
-        self.n_rows, self.n_logits = len(batch.slots), len(batch.logits)
+        """The rows that the next segments work on, and where blocks are from now on."""
+        for seq, place, block in batch.table:
+            self.table[seq, place] = block
+        for source, target in batch.copies:
+            for cache in self.caches.values():
+                cache[target] = cache[source]
+        self.n_rows, self.n_logits = len(batch.seqs), len(batch.logits)
         self.n_pairs = self.n_rows * self.program.n_experts
-        self.slots[: self.n_rows] = batch.slots
+        self.seqs[: self.n_rows] = batch.seqs
         self.positions[: self.n_rows] = batch.positions
         self.logits[: self.n_logits] = batch.logits

@@ -15,7 +15,8 @@ class Plan:
     cache: FloatType  # F32, F16 or Q80: how keys and values are kept
     max_rows: int
     max_logits: int
-    n_slots: int
+    n_seqs: int
+    n_blocks: int
     seq_len: int
 
     @property
