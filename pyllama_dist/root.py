@@ -132,6 +132,11 @@ class Root:
             vocab = sum(part.shape[1] for part in self._slices)
             self._logits = np.empty((program.max_logits, vocab), np.float32)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return self._embedding.shape[0]
+
     def step(self, tokens: Sequence[int], batch: Batch) -> F32:
         """Runs all nodes on a batch.
 
@@ -144,8 +149,13 @@ class Root:
             [len(batch.logits), vocab] float32; the next step overwrites them.
 
         Raises:
+            ProtocolError: tokens and batch do not fit each other, the program or the vocabulary.
             NodeError: a worker was lost; with address, phase and what to do.
         """
+        if len(tokens) != len(batch.seqs):
+            raise ProtocolError(f"{len(tokens)} tokens for a batch of {len(batch.seqs)} rows")
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise ProtocolError(f"a token id beyond the vocabulary of {self.vocab_size}")
         if self._number == 0 and not batch.table:
             batch = replace(batch, table=own_blocks(self.node.program))
         check_batch(self.node.program, batch, self._executor.memory.table)

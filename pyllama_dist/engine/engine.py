@@ -4,7 +4,8 @@ import ctypes
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
@@ -14,15 +15,16 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from pyllama_dist.engine.blocks import BlockPool
-from pyllama_dist.engine.sampler import logprobs_of
+from pyllama_dist.engine.sampler import F32
 from pyllama_dist.engine.scheduler import Scheduler, Step
-from pyllama_dist.engine.sequence import F32, Finish, Request, State
-from pyllama_dist.engine.sequence import Sequence as Generation
+from pyllama_dist.engine.sequence import Finish, Request, Sequence, State
 from pyllama_dist.engine.stream import Stream
 from pyllama_dist.errors import PyllamaError, UsageError
 from pyllama_dist.node import Spent
 from pyllama_dist.root import Root
 from pyllama_kernels.pages import KV_BLOCK
+
+_END_SECONDS = 0.5  # for a step, before it is interrupted
 
 _T = TypeVar("_T")
 
@@ -50,11 +52,11 @@ class Engine:
             max_logits=program.max_logits,
         )
         self._numbers = itertools.count()
-        self._lock = threading.Lock()  # of the next two, and of what is put into the third
-        self._streams: dict[Generation, Stream] = {}
-        self._error: BaseException | None = None
         self._inbox: SimpleQueue[Callable[[], None] | Future[Any] | None] = SimpleQueue()
-        self._spent: dict[Generation, Spent] = {}  # by the root, before a sequence's first step
+        self._lock = threading.Lock()  # of the next two; and nothing is submitted after an error
+        self._streams: dict[Sequence, Stream] = {}
+        self._error: BaseException | None = None
+        self._spent: dict[Sequence, Spent] = {}  # by the root, before a sequence's first step
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -67,7 +69,7 @@ class Engine:
             PyllamaError: the engine has failed before.
         """
         self._check(request)
-        sequence = Generation.of(request, next(self._numbers))
+        sequence = Sequence.of(request, next(self._numbers))
         stream = Stream(sequence, self._cancel)
         with self._lock:
             self._refuse_if_over()
@@ -75,7 +77,7 @@ class Engine:
             self._inbox.put(lambda: self._scheduler.add(sequence))
         return stream
 
-    def logits(self, tokens: Sequence[int]) -> F32:
+    def logits(self, tokens: Tokens[int]) -> F32:
         """The logits of every position of a text, computed afresh.
 
         Args:
@@ -113,6 +115,8 @@ class Engine:
     def close(self, *, at_once: bool = False) -> None:
         """Ends all generations after the running step, or `at_once` within it, and the thread."""
         self._inbox.put(None)
+        if at_once:
+            self._thread.join(_END_SECONDS)
         if at_once and self._thread.is_alive():
             # Raised as soon as the thread runs Python code, as it does while it waits for nodes.
             ident = ctypes.c_ulong(self._thread.ident or 0)
@@ -146,18 +150,16 @@ class Engine:
             raise UsageError(f"{request.max_tokens} tokens to generate; ask for one at least")
 
     def _refuse_if_over(self) -> None:
-        if isinstance(self._error, PyllamaError):
-            raise self._error
         if self._error is not None:
-            raise RuntimeError("the engine is closed") from self._error
+            raise self._error
 
-    def _cancel(self, sequence: Generation) -> None:
+    def _cancel(self, sequence: Sequence) -> None:
         """Only puts a note into the inbox: signal handlers may call it."""
         self._inbox.put(lambda: self._end(sequence, "interrupted"))
 
     def _run(self) -> None:
         """The thread: take what came, schedule, step, sample, hand out."""
-        error: BaseException = RuntimeError("the engine was closed")
+        error: BaseException | None = None
         try:
             while self._take():
                 step = self._scheduler.plan()
@@ -169,13 +171,13 @@ class Engine:
         except BaseException as raised:
             error = raised
         with self._lock:
-            self._error = error
+            self._error = error or RuntimeError("the engine is closed")
         for stream in self._streams.values():
-            stream.put("interrupted" if isinstance(error, RuntimeError) else error)
+            stream.put(error or "interrupted")
         while not self._inbox.empty():
             note = self._inbox.get()
             if isinstance(note, Future) and not note.done():
-                note.set_exception(error)
+                note.set_exception(self._error)
 
     def _take(self) -> bool:
         """Does what was asked for since; waits if there is nothing else. False: the end."""
@@ -198,19 +200,18 @@ class Engine:
 
     def _hand_out(self, step: Step, logits: F32) -> None:
         for sequence, row in zip(step.logits, logits, strict=True):
-            if sequence.state is State.DONE:  # an earlier row of it was no number
+            if sequence.request.prompt_logits:
+                self._streams[sequence].put(row.copy())
                 continue
             try:
-                if sequence.request.prompt_logits:
-                    self._streams[sequence].put(row.copy())
-                    if len(sequence.tokens) == sequence.chain.length and row is logits[-1]:
-                        self._end(sequence, "length")
-                else:
-                    self._sample(sequence, row)
+                self._sample(sequence, row)
             except PyllamaError as error:
                 self._end(sequence, error)
+        for sequence, _ in step.rows:
+            if sequence.request.prompt_logits and not sequence.remaining:
+                self._end(sequence, "length")
 
-    def _sample(self, sequence: Generation, logits: F32) -> None:
+    def _sample(self, sequence: Sequence, logits: F32) -> None:
         """The next token of a sequence, from [vocab] float32."""
         request, timings = sequence.request, sequence.timings
         token = request.sampler(logits)
@@ -229,12 +230,12 @@ class Engine:
         if request.logprobs is None:
             put(token)
         else:
-            put(logprobs_of(logits, token, request.logprobs))
+            put(request.logprobs(logits, token))
         # The token after the last position is still given out.
         if timings.generated_tokens == request.max_tokens or len(sequence.tokens) > self.seq_len:
             self._end(sequence, "length")
 
-    def _end(self, sequence: Generation, why: Finish | PyllamaError) -> None:
+    def _end(self, sequence: Sequence, why: Finish | PyllamaError) -> None:
         stream = self._streams.pop(sequence, None)
         if stream is None:  # it ended before it was cancelled
             return

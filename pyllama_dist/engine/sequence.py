@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from pyllama_dist.engine.blocks import Chain
+from pyllama_dist.engine.sampler import F32, TokenLogprobs
 from pyllama_dist.node import Spent
 
-F32 = npt.NDArray[np.float32]
 Finish = Literal["stop", "length", "interrupted"]
 
 
@@ -25,7 +22,7 @@ class Request:
     sampler: Callable[[F32], int]  # of [vocab] float32, which the next step overwrites
     stop: Collection[int] = ()  # tokens that end the answer
     max_tokens: int | None = None  # at least 1; None: as many as the context has room for
-    logprobs: int | None = None  # of each token, and of so many of the most likely ones
+    logprobs: Callable[[F32, int], TokenLogprobs] | None = None  # of such logits and a token
     prompt_logits: bool = False  # of every token of the prompt, computed afresh; no answer
 
 

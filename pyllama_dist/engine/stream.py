@@ -5,8 +5,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from pyllama_dist.engine.sampler import TokenLogprobs
-from pyllama_dist.engine.sequence import F32, Finish, Sequence, Timings
+from pyllama_dist.engine.sampler import F32, TokenLogprobs
+from pyllama_dist.engine.sequence import Finish, Sequence, Timings
 
 
 class Stream:
