@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Protocol
 
 import psutil
@@ -16,20 +16,20 @@ from pyllama_dist.config import FloatType, ModelConfig
 from pyllama_dist.cores import available_cores, cpus_of_nodes, keep, kept_to
 from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.executor import prepare
-from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.executor.memory import block_bytes, planned_bytes
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.transport import Address, Dialer
 from pyllama_dist.partition import max_nodes
 from pyllama_dist.program import Program, weights
 from pyllama_dist.root import Root, WeightSource
-from pyllama_kernels.pages import seq_blocks
+from pyllama_kernels.pages import KV_BLOCK, seq_blocks
 
 log = logging.getLogger("pyllama_dist")
 
 MAX_NODES = 256
 MAX_ROWS = 256  # rows of a batch while a prompt is read: each weight is fetched once for all
-MAX_LOGITS = 8  # rows of a batch whose logits can be asked for
+MAX_SEQS = 16  # sequences that run at once, and rows of a batch whose logits can be asked for
 DEFAULT_SEQ_LEN = 8192  # the cache of a longer context is taken only when asked for
 
 _START_SECONDS = 120.0  # for a worker on this machine; compiling kernels comes before
@@ -54,6 +54,8 @@ class Cluster:
     sync: FloatType = FloatType.Q80
     cache: FloatType | None = None  # of keys and values; None: what suits the model
     max_seq_len: int | None = None
+    kv_blocks: int | None = None  # of the KV cache; None: as many as one context needs
+    kv_memory: int | None = None  # bytes of all nodes together, instead of `kv_blocks`
     timeout: float = 60.0
     notice: Callable[[str], None] = field(default=lambda text: None)
 
@@ -94,12 +96,25 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         sync=cluster.sync,
         cache=_cache_type(config) if cluster.cache is None else cluster.cache,
         max_rows=MAX_ROWS,
-        max_logits=MAX_LOGITS,
-        n_seqs=1,
-        n_blocks=seq_blocks(seq_len),
+        max_logits=MAX_SEQS,
+        n_seqs=MAX_SEQS,
+        n_blocks=cluster.kv_blocks or seq_blocks(seq_len),
         seq_len=seq_len,
     )
-    return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
+
+    def build(plan: Plan) -> list[Program]:
+        return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
+
+    found = build(plan)
+    if cluster.kv_memory is None:
+        return found
+    each = sum(map(block_bytes, found))
+    if cluster.kv_memory < each:
+        raise UsageError(
+            f"--kv-memory {cluster.kv_memory} holds no block of the KV cache; one of {KV_BLOCK} "
+            f"positions takes {each} bytes"
+        )
+    return build(replace(plan, n_blocks=cluster.kv_memory // each))
 
 
 def _cache_type(config: ModelConfig) -> FloatType:

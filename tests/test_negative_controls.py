@@ -10,7 +10,7 @@ import pytest
 
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType, Pairs, Scoring
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS

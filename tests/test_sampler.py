@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pyllama_dist.engine.sampler import Sampler, Sampling
 
 from pyllama_dist.errors import FileError
-from pyllama_dist.sampler import Sampler, Sampling
 from pyllama_kernels import reference, sampling
 
 logit_arrays = arrays(

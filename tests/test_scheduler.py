@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-from tests.fake_root import FakeRoot
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,6 +16,7 @@ from hypothesis.stateful import (
 from pyllama_dist.engine.blocks import BlockPool
 from pyllama_dist.engine.scheduler import Scheduler, Step
 from pyllama_dist.engine.sequence import Request, Sequence, State
+from tests.fake_root import FakeRoot
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
         rows, most = len(step.tokens), self.root.node.program.max_rows
         assert rows == sum(count for _, count in step.rows) <= most
         if most >= 32:
-            ends = {one for one in step.logits}
+            ends = set(step.logits)
             assert all(count % 16 == 0 for one, count in step.rows if one not in ends)
 
     @rule(count=st.integers(2, 10))
@@ -201,9 +201,7 @@ def test_without_blocks_the_newest_is_preempted_and_computed_again():
 
 
 def test_a_shared_beginning_is_computed_once():
-    root = FakeRoot(
-        n_seqs=8, n_blocks=100, block_size=64, seq_len=2000, max_rows=256, max_logits=8
-    )
+    root = FakeRoot(n_seqs=8, n_blocks=100, block_size=64, seq_len=2000, max_rows=256, max_logits=8)
     scheduler = scheduler_of(root)
     system = [i % 49 for i in range(1000)]
     all_ = [sequence(number, [*system, number, number], 4) for number in range(8)]

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import FileError
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile

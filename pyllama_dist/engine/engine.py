@@ -17,7 +17,7 @@ import numpy as np
 from pyllama_dist.engine.blocks import BlockPool
 from pyllama_dist.engine.sampler import F32
 from pyllama_dist.engine.scheduler import Scheduler, Step
-from pyllama_dist.engine.sequence import Finish, Request, Sequence, State
+from pyllama_dist.engine.sequence import Finish, Request, Sequence
 from pyllama_dist.engine.stream import Stream
 from pyllama_dist.errors import PyllamaError, UsageError
 from pyllama_dist.node import Spent
@@ -138,7 +138,8 @@ class Engine:
         prompt, vocab = request.prompt, self.root.vocab_size
         if not prompt:
             raise UsageError("the prompt is empty; write something")
-        if len(prompt) >= self.seq_len + request.prompt_logits:
+        # Alone, the token after the last position needs no room.
+        if len(prompt) >= self.seq_len + (request.prompt_logits or request.max_tokens == 1):
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, the context {self.seq_len}; shorten it, or "
                 f"raise --max-seq-len if the model allows more"

@@ -54,16 +54,21 @@ def pipe_bytes(program: Program, pipe: Pipe) -> int:
     return -(-(HEADROOM + payload) // STRIDE) * STRIDE
 
 
+def block_bytes(program: Program) -> int:
+    """Bytes of one block of all caches of a node."""
+    each = (c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
+    return KV_BLOCK * sum(each)
+
+
 def planned_bytes(program: Program) -> int:
     """Bytes that a node needs for a program, as far as they grow with the model."""
-    caches = sum(c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
     tables = sum(4 * rotary_dim for rotary_dim, _, _ in _rope_kinds(program))
     facts = 8 * (2 * program.max_rows + program.max_logits)
     facts += 8 * program.n_seqs * seq_blocks(program.seq_len)
     held = sum(_room(weight) for weight in weights(program))
-    kept = caches * program.n_blocks * KV_BLOCK + tables * program.seq_len
+    kept = block_bytes(program) * program.n_blocks + tables * program.seq_len
     parts = max((parts_bytes(program, op) for op in ops_of(program, Attention)), default=0)
     plans = sum(8 * _plan_words(program, n_experts) for n_experts in _routes(program).values())
     plans += sum(8 * op.weight.count for op in ops_of(program, ExpertMatmul))  # their addresses
