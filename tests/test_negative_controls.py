@@ -44,8 +44,8 @@ def golden(tmp_path, request) -> Iterator[tuple[ModelFile, list[int], np.ndarray
 
 
 def error(model, plans: list[Program], tokens: list[int], expected: np.ndarray) -> float:
-    with simulated_root(model, plans) as root:
-        return float(np.abs(Engine(root).logits(tokens) - expected).max())
+    with simulated_root(model, plans) as root, Engine(root) as engine:
+        return float(np.abs(engine.logits(tokens) - expected).max())
 
 
 def plans_of(model, n_nodes: int = 1) -> list[Program]:

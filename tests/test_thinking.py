@@ -182,7 +182,7 @@ def conversation(replies: list[list[str]], template: Template | None, **settings
     tokens = iter(range(len(pieces)))
     turns = iter(replies)
     engine: Any = SimpleNamespace(
-        generate=lambda *_, **__: [next(tokens) for _ in next(turns)],
+        submit=lambda *_, **__: [next(tokens) for _ in next(turns)],
     )
     return Conversation(parts, engine, Sampling(temperature=0.0), **settings)
 

@@ -284,8 +284,9 @@ def logits(t: Tiny, weights: dict[str, np.ndarray], given: Rounding = exact) -> 
 def run(path: Path, n_nodes: int) -> np.ndarray:
     with ModelFile.open(path, ARCHITECTURES) as model:
         cluster = Cluster(local_workers=n_nodes - 1, sync=FloatType.F32, cache=FloatType.F32)
-        with simulated_root(model, programs(model.config, cluster)) as root:
-            return Engine(root).logits(list(TOKENS))
+        plans = programs(model.config, cluster)
+        with simulated_root(model, plans) as root, Engine(root) as engine:
+            return engine.logits(list(TOKENS))
 
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 3])
