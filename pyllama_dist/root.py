@@ -135,7 +135,7 @@ class Root:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        return self._embedding.shape[0]
+        return len(self._embedding)
 
     def step(self, tokens: Sequence[int], batch: Batch) -> F32:
         """Runs all nodes on a batch.

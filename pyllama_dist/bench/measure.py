@@ -140,7 +140,7 @@ class Bench:
         return text[:depth]
 
     def _tokens(self, count: int) -> list[int]:
-        return self._random.integers(0, self._root.vocab_size, count).tolist()
+        return [int(token) for token in self._random.integers(0, self._root.vocab_size, count)]
 
 
 def _most_likely(logits: F32) -> int:
