@@ -370,7 +370,7 @@ CONTEXTS = (40, 3 * KV_BLOCK + 5, pages.CHUNK + 20, 3 * pages.CHUNK + 100)
 @settings(max_examples=25)
 @given(st.data())
 def test_a_row_has_the_same_result_in_any_batch(kind, shape, data):
-    """Bit for bit: alone, with neighbours, on threads, wherever blocks lie, with or without cells."""
+    """Bit for bit: alone, with neighbours, on threads, wherever blocks lie, with few cells."""
     heads, group, first, head_dim, latent = SHAPES[shape]
     n_rows, longest = data.draw(st.integers(2, 24)), data.draw(st.sampled_from(CONTEXTS))
     rng = np.random.default_rng(data.draw(seeds))

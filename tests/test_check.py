@@ -43,6 +43,7 @@ from pyllama_dist.program import (
     SyncKind,
     weights,
 )
+from pyllama_kernels.pages import KV_BLOCK
 
 Q40, Q80, F32, F16 = FloatType.Q40, FloatType.Q80, FloatType.F32, FloatType.F16
 
@@ -152,7 +153,7 @@ BAD_OPS = [
     Change(SiluMul, {"gate": "hidden_q80"}, "not float32"),
     Change(SiluMul, {"target": "y"}, "differ in width"),
     Change(Merge, {"source": "y"}, "is no pipe"),
-    Change(Merge, {"source": "logits"}, "seqs"),
+    Change(Merge, {"source": "logits"}, "slots"),
     Change(Merge, {"target": "q"}, "differ in width"),
     Change(Merge, {"target": "last"}, "other rows"),
     Change(Add, {"source": "q"}, "differ in width"),
@@ -380,8 +381,9 @@ def test_what_is_accepted_runs(program, data):
     with ReferenceExecutor(changed) as executor:
         rows = min(changed.max_rows, changed.seq_len, 3)
         logits = tuple(range(min(rows, changed.max_logits)))
-        batch = Batch((changed.n_seqs - 1,) * rows, tuple(range(rows)), logits)
-        check_batch(changed, batch)
+        table = ((changed.n_seqs - 1, 0, changed.n_blocks - 1),)
+        batch = Batch((changed.n_seqs - 1,) * rows, tuple(range(rows)), logits, table)
+        check_batch(changed, batch, executor.memory.table)
         executor.begin(batch)
         with np.errstate(all="ignore"):
             for segment in range(len(changed.segments)):
@@ -391,35 +393,80 @@ def test_what_is_accepted_runs(program, data):
 # --- batches
 
 
+NO_BLOCKS = -np.ones((3, 3), np.int64)
+OWN_BLOCKS = np.arange(9).reshape(3, 3)
+LONG = KV_BLOCK + 5  # a position in the second block of a sequence
+# With the table before them: three sequences of three blocks.
 GOOD_BATCHES = [
-    Batch((0,), (0,), ()),
-    Batch((1,), (31,), (0,)),
-    Batch((0,) * 8, tuple(range(8)), tuple(range(8))),
-    Batch((0, 1, 0, 1), (31, 31, 0, 0), (3, 0)),
-    Batch((0, 0), (0, 1), (1,) * 8),
+    (OWN_BLOCKS, Batch((0,), (0,), ())),
+    (OWN_BLOCKS, Batch((1,), (3 * KV_BLOCK - 1,), (0,))),
+    (OWN_BLOCKS, Batch((0,) * 8, tuple(range(8)), tuple(range(8)))),
+    (OWN_BLOCKS, Batch((0, 1, 0, 1), (31, 31, 0, 0), (3, 0))),
+    (OWN_BLOCKS, Batch((0, 0), (0, 1), (1,) * 8)),
+    (OWN_BLOCKS, Batch((0,), (0,), (), copies=((0, 8), (8, 0)))),
+    (NO_BLOCKS, Batch((2,), (5,), (), table=((2, 0, 8),))),
+    (NO_BLOCKS, Batch((2,), (LONG,), (), table=((2, 1, 8), (2, 0, 0), (0, 2, 3)))),
+    # The beginning is shared; each writes to a block of its own.
+    (
+        NO_BLOCKS,
+        Batch((0, 2), (LONG, LONG), (), table=((0, 0, 4), (2, 0, 4), (0, 1, 1), (2, 1, 2))),
+    ),
+    (np.zeros((3, 3), np.int64), Batch((0, 1), (5, 6), ())),
 ]
 BAD_BATCHES = {
-    "batch of 0 slots": Batch((), (), ()),
-    "batch of 9 slots": Batch((0,) * 9, tuple(range(9)), ()),
-    "2 slots and 1 positions": Batch((0, 0), (0,), ()),
-    "1 slots and 2 positions": Batch((0,), (0, 1), ()),
-    "slot 2 of 2": Batch((0, 2), (0, 0), ()),
-    "position 32 of 32": Batch((0, 0), (0, 32), ()),
-    "same slot and position": Batch((0, 1, 0), (5, 5, 5), ()),
-    "logits of 1 rows wanted": Batch((0, 0), (0, 1), (2,)),
-    "logits of 9 rows wanted": Batch((0, 0), (0, 1), (0,) * 9),
-}
+    "batch of 0 sequences": (OWN_BLOCKS, Batch((), (), ())),
+    "batch of 9 sequences": (OWN_BLOCKS, Batch((0,) * 9, tuple(range(9)), ())),
+    "2 sequences and 1 positions": (OWN_BLOCKS, Batch((0, 0), (0,), ())),
+    "1 sequences and 2 positions": (OWN_BLOCKS, Batch((0,), (0, 1), ())),
+    "sequence 3 of 3": (OWN_BLOCKS, Batch((0, 3), (0, 0), ())),
+    f"position {3 * KV_BLOCK} of": (OWN_BLOCKS, Batch((0, 0), (0, 3 * KV_BLOCK), ())),
+    "kept in the same place": (OWN_BLOCKS, Batch((0, 1, 0), (5, 5, 5), ())),
+    "kept in the same p.": (OWN_BLOCKS, Batch((0, 1), (5, 5), (), table=((1, 0, 0),))),
+    "logits of 1 rows wanted": (OWN_BLOCKS, Batch((0, 0), (0, 1), (2,))),
+    "logits of 9 rows wanted": (OWN_BLOCKS, Batch((0, 0), (0, 1), (0,) * 9)),
+    "sequence 1 has no block for positions from 0, and a row at 7": (
+        NO_BLOCKS, Batch((1,), (7,), (), table=((0, 0, 1), (1, 1, 2)))
+    ),
+    f"sequence 1 has no block for positions from {KV_BLOCK}, and a row at {LONG}": (
+        NO_BLOCKS, Batch((1, 1), (7, LONG), (), table=((1, 0, 2),))
+    ),
+    "block 9 of 9 for sequence 0": (OWN_BLOCKS, Batch((0,), (0,), (), table=((0, 0, 9),))),
+    "for sequence 3 of 3": (OWN_BLOCKS, Batch((0,), (0,), (), table=((3, 0, 0),))),
+    "place 3 of 3": (OWN_BLOCKS, Batch((0,), (0,), (), table=((0, 3, 0),))),
+    "block 9 to 0 of 9": (OWN_BLOCKS, Batch((0,), (0,), (), copies=((9, 0),))),
+    "block 0 to 9 of 9": (OWN_BLOCKS, Batch((0,), (0,), (), copies=((0, 0), (0, 9)))),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("batch", GOOD_BATCHES)
-def test_batches_within_bounds_are_accepted(program, batch):
-    check_batch(program, batch)
+@pytest.fixture(scope="module")
+def with_blocks(tiny):
+    """Three sequences of three blocks."""
+    return tiny(max_seq_len=512).programs(n_seqs=3, seq_len=3 * KV_BLOCK)[0]
+
+
+@pytest.mark.parametrize(("table", "batch"), GOOD_BATCHES)
+def test_batches_within_bounds_are_accepted(with_blocks, table, batch):
+    before = table.copy()
+    check_batch(with_blocks, batch, table)
+    np.testing.assert_array_equal(table, before)
 
 
 @pytest.mark.parametrize("complaint", BAD_BATCHES)
-def test_batches_out_of_bounds_are_refused(program, complaint):
+def test_batches_out_of_bounds_are_refused(with_blocks, complaint):
+    table, batch = BAD_BATCHES[complaint]
     with pytest.raises(ProtocolError, match=complaint):
-        check_batch(program, BAD_BATCHES[complaint])
+        check_batch(with_blocks, batch, table)
+
+
+@pytest.mark.parametrize("field", ["table", "copies"])
+@pytest.mark.parametrize("value", [-1, (1 << 24) + 1, 0.5, None, "0"])
+def test_the_types_of_a_batch_bound_its_blocks(field, value):
+    size = {"table": 3, "copies": 2}[field]
+    fields = {"seqs": [0], "positions": [0], "logits": [0]}
+    assert msgspec.convert(fields | {field: [[0] * size]}, Batch)
+    for wrong in ([value] + [0] * (size - 1), [0] * (size - 1), [0] * (size + 1)):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(fields | {field: [wrong]}, Batch)
 
 
 @pytest.mark.parametrize("field", ["seqs", "positions", "logits"])

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from pyllama_dist.config import Arch, FloatType
 from pyllama_dist.errors import UsageError
@@ -27,7 +28,7 @@ from pyllama_dist.program import (
 from pyllama_kernels import layout, team
 from pyllama_kernels.attention import MOST
 from pyllama_kernels.optable import Code
-from pyllama_kernels.pages import read_positions
+from pyllama_kernels.pages import KV_BLOCK, read_positions
 
 WEIGHTS = pytest.mark.parametrize(
     "float_type", [FloatType.F32, FloatType.Q40, FloatType.Q80], ids=lambda t: t.name
@@ -84,7 +85,7 @@ def test_compiled_agrees_with_plain(tiny, run_of, arch, float_type, bias):
 
 
 def kept(executor, name):
-    """A cache as numbers, [slots * kv_heads * positions, head_dim] float32."""
+    """A cache as numbers, [n_blocks * kv_heads * positions, head_dim] float32."""
     (spec,) = (cache for cache in executor.memory.program.caches if cache.name == name)
     held = executor.memory.caches[name]
     pages = held.reshape(-1, held.shape[-1])
@@ -149,15 +150,15 @@ def test_batches_and_decode_steps_are_the_same_on_any_number_of_threads(tiny, ca
     rng = np.random.default_rng(0)
     prompt, positions = rng.integers(0, 101, 40).tolist(), range(0, 600, 40)
     steps = [
-        (prompt, Batch((slot,) * 40, tuple(range(start, start + 40)), (0, 39)))
-        for slot, end in enumerate((600, 280, 40))
+        (prompt, Batch((seq,) * 40, tuple(range(start, start + 40)), (0, 39)))
+        for seq, end in enumerate((600, 280, 40))
         for start in positions
         if start < end
     ]
     for n_rows in (1, 2, 3, 4):
         places = [(0, 600), (1, 280), (2, 40), (0, 601)][:n_rows]
-        slots, at = zip(*places, strict=True)
-        steps.append((prompt[:n_rows], Batch(slots, at, tuple(range(n_rows)))))
+        seqs, at = zip(*places, strict=True)
+        steps.append((prompt[:n_rows], Batch(seqs, at, tuple(range(n_rows)))))
     with ExitStack() as stack:
         teams = [stack.enter_context(compiled(model, n, **limits)) for n in (1, 2, 3, 4)]
         for tokens, batch in steps:
@@ -272,7 +273,7 @@ def test_a_prompt_at_once_is_a_prompt_token_by_token(tiny, run_of, float_type):
             np.testing.assert_array_equal(found[0], expected[position])
 
 
-def test_slots_do_not_disturb_each_other(tiny, run_of):
+def test_sequences_do_not_disturb_each_other(tiny, run_of):
     model = tiny(weights=FloatType.Q40)
     first, second = (5, 9, 2, 100), (1, 1, 60)
     with compiled(model) as alone, compiled(model) as shared:
@@ -285,20 +286,20 @@ def test_slots_do_not_disturb_each_other(tiny, run_of):
 
 
 @pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
-def test_rows_of_several_slots_in_one_batch_are_separate_steps(tiny, run_of, make):
+def test_rows_of_several_sequences_in_one_batch_are_separate_steps(tiny, run_of, make):
     model = tiny()
     prompts = [(5, 9, 2), (1, 60), (7,)]
     limits = {"n_seqs": 3}
     mixed_batch = Batch(seqs=(2, 0, 1), positions=(1, 3, 2), logits=(1, 2, 0))
     with make(model, **limits) as separate, make(model, **limits) as mixed:
         for executor in (separate, mixed):
-            for slot, prompt in enumerate(prompts):
+            for seq, prompt in enumerate(prompts):
                 step(model, executor, prompt, run_of(0, prompt, seq=seq))
         found = step(model, mixed, (42, 40, 41), mixed_batch)
-        for slot, prompt in enumerate(prompts):
-            tokens = (40 + slot,)
+        for seq, prompt in enumerate(prompts):
+            tokens = (40 + seq,)
             expected = step(model, separate, tokens, run_of(len(prompt), tokens, seq=seq))
-            assert_close(found[slot], expected[0])
+            assert_close(found[seq], expected[0])
 
 
 @pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
@@ -554,3 +555,80 @@ def test_tables_of_rope_are_planned_for():
         segments=(Segment("turn", (Rope("q", 1 << 16, 1 << 16, 1e4),)),),
     )
     assert planned_bytes(program) >= (1 << 24) * (1 << 16) * 4
+
+
+# --- blocks
+
+
+@CACHES
+@pytest.mark.parametrize("arch", [Arch.GLM4, Arch.GLM_MOE_DSA], ids=lambda a: a.name)
+def test_results_do_not_depend_on_where_blocks_lie_or_on_neighbours(tiny, arch, cache):
+    """One sequence alone in blocks of its own, and among others in whatever blocks there are."""
+    model = tiny(arch=arch, weights=FloatType.Q40, head_dim=32, max_seq_len=640)
+    limits = {"cache": cache, "max_rows": 40, "seq_len": 640}
+    rng = np.random.default_rng(7)
+    prompts = rng.integers(0, 101, (3, 600)).tolist()
+    order = rng.permutation(15).reshape(3, 5)
+    table = tuple((seq, place, int(order[seq, place])) for seq in range(3) for place in range(5))
+    found = []
+    with compiled(model, 2, n_seqs=3, **limits) as shared:
+        for seq, prompt in enumerate(prompts):
+            for start in range(0, 600, 40):
+                rows = tuple(range(start, start + 40))
+                batch = Batch((seq,) * 40, rows, (), table if seq == start == 0 else ())
+                step(model, shared, prompt[start : start + 40], batch)
+        for at in (600, 601):
+            batch = Batch((2, 0, 1), (at, at, at), (1, 2, 0))
+            found.append(step(model, shared, (5, 6, 7), batch))
+    for seq, (prompt, token) in enumerate(zip(prompts, (6, 7, 5), strict=True)):
+        with compiled(model, 1, n_seqs=1, **limits) as alone:
+            for start in range(0, 600, 40):
+                batch = Batch((0,) * 40, tuple(range(start, start + 40)), ())
+                step(model, alone, prompt[start : start + 40], batch)
+            for logits, at in zip(found, (600, 601), strict=True):
+                expected = step(model, alone, (token,), Batch((0,), (at,), (0,)))[0]
+                np.testing.assert_array_equal(logits[seq], expected)
+
+
+@CACHES
+@pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
+def test_a_sequence_goes_on_from_copies_of_anothers_blocks(tiny, run_of, make, cache):
+    """A beginning is shared: its whole block as it is, the one that is begun as a copy."""
+    cache_type = FloatType.F32 if cache is FloatType.F32 else FloatType.Q40
+    model = tiny(head_dim=32, max_seq_len=300)
+    limits = {"cache": cache, "max_rows": 140, "max_logits": 140, "seq_len": 300}
+    prompt = [i * 7 % 101 for i in range(KV_BLOCK + 9)]
+    with make(model, n_seqs=1, **limits) as alone:
+        step(model, alone, prompt, run_of(0, prompt))
+        first = step(model, alone, (8,), run_of(len(prompt), (8,)))
+        other = step(model, alone, (9,), run_of(len(prompt), (9,)))
+    with make(model, n_seqs=2, n_blocks=4, **limits) as shared:
+        held = shared.memory
+        held.table[:] = -1
+        batch = run_of(0, prompt)
+        step(model, shared, prompt, replace(batch, table=((0, 1, 0), (0, 0, 3))))
+        before = [cache[0].copy() for cache in held.caches.values()]
+        batch = Batch((0, 1), (len(prompt),) * 2, (0, 1), ((1, 0, 3), (1, 1, 2)), ((0, 2),))
+        found = step(model, shared, (8, 9), batch)
+        np.testing.assert_array_equal(held.table, [[3, 0, -1], [3, 2, -1]])
+        assert not any(cache[1].any() for cache in held.caches.values())
+        for old, (of_one, _, of_other, _) in zip(before, held.caches.values(), strict=True):
+            # One more position each, and not the same.
+            assert (old != of_one).any()
+            assert (of_one != of_other).any()
+    for logits, expected in zip(found, (first[0], other[0]), strict=True):
+        if make is compiled:
+            np.testing.assert_array_equal(logits, expected)
+        else:  # a library's product of two rows is not that of one
+            assert_close(logits, expected, cache_type)
+
+
+def test_the_table_changes_before_blocks_are_copied(tiny):
+    memory = Memory(tiny().programs(n_seqs=1, n_blocks=3, seq_len=32)[0])
+    assert (memory.table == -1).all()
+    for cache in memory.caches.values():
+        cache[:] = np.arange(1, 4)[:, None, None, None]
+    memory.set_batch(Batch((0,), (0,), (), ((0, 0, 2), (0, 0, 1)), ((0, 1), (1, 2))))
+    assert memory.table.tolist() == [[1]]
+    for cache in memory.caches.values():
+        assert (cache == 1).all()

@@ -216,7 +216,7 @@ def _attend(
     first, last = _CHUNK_PAGES * chunk, (seen + PAGE - 1) // PAGE
     pages = min(_CHUNK_PAGES, last - first)
     far = max(2, (_AHEAD // page_bytes + 1) // 2 * 2)
-    stream = (first, pages, last if cell < 0 else first + pages, far)
+    stream = (first, pages, last, far)
     scores[:, : PAGE * (pages + 1)] = 0
     if kind == KEPT_Q80:
         _score(cached, stream, n // 32, scratch, scores_at, row_bytes, queries)
@@ -309,18 +309,21 @@ def _page(cached: Any, base: int, page: int) -> int:
 def _page_ahead(cached: Any, stream: Any, place: int) -> int:
     """The address of the page to ask for while that at a place in the stream is read.
 
-    The stream is some pages of keys and as many of values, then the keys behind them: `stream` has
-    the first page, how many, the one after the last, and how far to look ahead. Where values are
-    keys, there are only keys.
+    The stream is some pages of keys and as many of values, then the keys behind them, and those of
+    the next key head: `stream` has the first page, how many, the one after the last of the
+    sequence, and how far to look ahead. Where values are keys, there are only keys.
     """
-    keys, values, _, _, _ = cached
+    keys, values, _, page_bytes, _ = cached
     first, pages, last, far = stream
     place += far
     if keys != values and place >= pages:
         place -= pages
         if place < pages:
             return _page(cached, values, first + place)
-    return _page(cached, keys, min(first + place, last - 1))
+    page = first + place
+    if page < last or keys == values:
+        return _page(cached, keys, min(page, last - 1))
+    return _page(cached, keys + BLOCK_PAGES * page_bytes, min(page - last, last - 1))
 
 
 @kernel

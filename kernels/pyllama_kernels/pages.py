@@ -66,7 +66,7 @@ def pages_of(cache: U8, blocks: npt.NDArray[np.int64], head: int, count: int) ->
         head: a key head.
         count: positions.
     """
-    pages = cache[blocks[: seq_blocks(count)], head].reshape(-1, cache.shape[-1])
+    pages: U8 = cache[blocks[: seq_blocks(count)], head].reshape(-1, cache.shape[-1])
     return pages[: -(-count // PAGE)]
 
 

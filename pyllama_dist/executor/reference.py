@@ -81,7 +81,7 @@ class ReferenceExecutor:
     def run_op(self, op: Op) -> None:
         """Runs one op on the rows of the batch."""
         m = self.memory
-        rows = m.seqs[: m.n_rows], m.positions[: m.n_rows], m.table
+        where = m.seqs[: m.n_rows], m.positions[: m.n_rows], m.table
         match op:
             case RmsNorm():
                 weight = self._vector(op.weight)
@@ -120,7 +120,7 @@ class ReferenceExecutor:
                 spec = self._caches[op.cache]
                 store = kernels.store_keys if op.keys else kernels.store_values
                 x = self._heads(op.source, spec.head_dim)
-                store(x, *rows, spec.float_type, m.caches[op.cache])
+                store(x, *where, spec.float_type, m.caches[op.cache])
             case Attention():
                 spec = self._caches[op.key_cache]
                 query = self._heads(op.query, spec.head_dim)
@@ -130,7 +130,7 @@ class ReferenceExecutor:
                     m.caches[op.key_cache],
                     m.caches[op.value_cache],
                     spec.float_type,
-                    *rows,
+                    *where,
                     op.first,
                     op.group,
                     op.scale,
@@ -144,7 +144,7 @@ class ReferenceExecutor:
                     self._f32(op.weights),
                     m.caches[op.cache],
                     spec.float_type,
-                    *rows,
+                    *where,
                     op.top_k,
                     op.scale,
                     self._f32(op.target),

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from pyllama_dist.program import Batch, Program
 
-PROTOCOL = 5  # version of the protocol
+PROTOCOL = 6  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
