@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 from pyllama_dist.engine.blocks import BlockPool
 from pyllama_dist.engine.scheduler import Scheduler, Step
 from pyllama_dist.engine.sequence import Request, Sequence, State
+from pyllama_kernels.pages import KV_BLOCK
 from tests.fake_root import FakeRoot
 
 pytestmark = pytest.mark.timeout(120)
@@ -201,7 +202,9 @@ def test_without_blocks_the_newest_is_preempted_and_computed_again():
 
 
 def test_a_shared_beginning_is_computed_once():
-    root = FakeRoot(n_seqs=8, n_blocks=100, block_size=64, seq_len=2000, max_rows=256, max_logits=8)
+    root = FakeRoot(
+        n_seqs=8, n_blocks=100, block_size=KV_BLOCK, seq_len=2000, max_rows=256, max_logits=8
+    )
     scheduler = scheduler_of(root)
     system = [i % 49 for i in range(1000)]
     all_ = [sequence(number, [*system, number, number], 4) for number in range(8)]
@@ -210,14 +213,16 @@ def test_a_shared_beginning_is_computed_once():
     while run(root, scheduler):
         pass
     own = 8 * (2 + 4 - 1)
-    assert root.computed <= 1000 + own + 64  # within the step of its end, whole blocks are shared
+    assert (
+        root.computed <= 1000 + own + KV_BLOCK
+    )  # within the step of its end, whole blocks are shared
     for one in all_:
         assert one.tokens == alone(root, one.request.prompt, 4)
 
 
 def test_memory_is_taken_for_what_is_held():
     root = FakeRoot(
-        n_seqs=16, n_blocks=1000, block_size=64, seq_len=8192, max_rows=256, max_logits=16
+        n_seqs=16, n_blocks=1000, block_size=KV_BLOCK, seq_len=8192, max_rows=256, max_logits=16
     )
     scheduler = scheduler_of(root)
     for number in range(8):
@@ -225,7 +230,7 @@ def test_memory_is_taken_for_what_is_held():
     scheduler.add(sequence(8, [9, *range(7998)], 1000))
     while not (len(scheduler.running) == 9 and all(s.state == "decode" for s in scheduler.running)):
         run(root, scheduler)
-    taken = 64 * (1000 - scheduler.pool.available)
+    taken = KV_BLOCK * (1000 - scheduler.pool.available)
     held = sum(one.chain.length for one in scheduler.running)
     assert 12_000 <= held <= taken <= 1.05 * held
 

@@ -122,10 +122,9 @@ class Bench:
         most = 1 if test.kind == "pp" else test.tokens
         before = replace(self._root.node.spent)
         started = time.perf_counter()
-        streams = [
-            self._engine.submit(Request(prompt, _most_likely, max_tokens=most))
-            for prompt in prompts
-        ]
+        streams = self._engine.submit_all(
+            [Request(prompt, _most_likely, max_tokens=most) for prompt in prompts]
+        )
         for stream in streams:
             for _ in stream:
                 pass

@@ -13,6 +13,7 @@ from pyllama_dist.cluster import Cluster
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
 from pyllama_dist.net.transport import Address
+from pyllama_kernels.pages import KV_BLOCK
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -109,7 +110,7 @@ def cluster_options(command: _F) -> _F:
             option(
                 "--kv-blocks",
                 type=click.IntRange(min=1),
-                help="Blocks of the KV cache, of 64 positions, which all sequences share. "
+                help=f"Blocks of the KV cache, of {KV_BLOCK} positions, which all sequences share. "
                 "[default: enough for one context]",
             ),
             option(

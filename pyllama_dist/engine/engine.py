@@ -68,14 +68,25 @@ class Engine:
                 vocabulary.
             PyllamaError: the engine has failed before.
         """
-        self._check(request)
-        sequence = Sequence.of(request, next(self._numbers))
-        stream = Stream(sequence, self._cancel)
+        (stream,) = self.submit_all([request])
+        return stream
+
+    def submit_all(self, requests: Tokens[Request]) -> list[Stream]:
+        """Begins generations in the same step, as far as there is room; raises as `submit`."""
+        for request in requests:
+            self._check(request)
+        sequences = [Sequence.of(request, next(self._numbers)) for request in requests]
+        streams = {sequence: Stream(sequence, self._cancel) for sequence in sequences}
+
+        def add() -> None:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+
         with self._lock:
             self._refuse_if_over()
-            self._streams[sequence] = stream
-            self._inbox.put(lambda: self._scheduler.add(sequence))
-        return stream
+            self._streams |= streams
+            self._inbox.put(add)
+        return list(streams.values())
 
     def logits(self, tokens: Tokens[int]) -> F32:
         """The logits of every position of a text, computed afresh.
