@@ -50,8 +50,7 @@ class _Interrupt:
 def _stream(conversation: Conversation, text: str, steps: int) -> Answer:
     with _Interrupt() as interrupt:
         answer = interrupt.cancels(conversation.ask(text, steps))
-        with answer.generation:
-            _print(answer)
+        _print(answer)
     return answer
 
 
