@@ -1,17 +1,19 @@
 """A conversation: messages to tokens, tokens to an engine, tokens back to text."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyllama_dist.engine import Engine, Generation
+from pyllama_dist.engine.engine import Engine
+from pyllama_dist.engine.sampler import Sampler, Sampling
+from pyllama_dist.engine.sequence import Request
+from pyllama_dist.engine.stream import Stream
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import read_json
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.model_dir import ModelPaths
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.sampler import Sampler, Sampling
 from pyllama_dist.text.chat import ChatTemplate
 from pyllama_dist.text.special import Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN, Piece, Reply
@@ -90,7 +92,7 @@ class Answer:
         parts: ModelParts,
         prompt: list[int],
         rendered: Rendered | None,
-        generation: Generation,
+        generation: Stream,
     ) -> None:
         """`rendered` is the conversation that became `prompt`; None without a template."""
         self.prompt, self.generation = prompt, generation
@@ -141,7 +143,7 @@ class Conversation:
                 "leave out what sets it (--think, --no-think)"
             )
         self.parts, self.engine = parts, engine
-        self._choose = Sampler(sampling, parts.tokenizer.vocab_size)
+        self._sampler = Sampler(sampling, parts.tokenizer.vocab_size)
         self._system: list[Message] = []
         if system is not None:
             self._system.append({"role": "system", "content": system})
@@ -155,14 +157,12 @@ class Conversation:
         self,
         text: str,
         steps: int = 0,
-        interrupted: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Begins an answer; `remember` it when it has come, for the next question.
 
         Args:
             text: what the user says.
             steps: positions in all, prompt included; 0 for no limit but the context.
-            interrupted: asked between tokens; a true answer ends the answer.
 
         Raises:
             UsageError: the conversation does not fit the context, or the template refuses it.
@@ -179,12 +179,14 @@ class Conversation:
             prompt = tokenizer.encode_template(rendered)
         if steps and steps <= len(prompt):
             raise UsageError(f"--steps {steps} leaves no room: the prompt has {len(prompt)} tokens")
-        generation = self.engine.generate(
-            prompt,
-            self._choose,
-            tokenizer.eos_ids,
-            max_tokens=steps - len(prompt) if steps else None,
-            interrupted=interrupted,
+        self._sampler.begin(prompt)
+        generation = self.engine.submit(
+            Request(
+                prompt,
+                self._sampler,
+                stop=tokenizer.eos_ids,
+                max_tokens=steps - len(prompt) if steps else None,
+            )
         )
         self.messages.append(question)
         return Answer(self.parts, prompt, rendered, generation)

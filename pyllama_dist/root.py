@@ -9,6 +9,7 @@ import numpy.typing as npt
 from msgspec.structs import replace
 
 from pyllama_dist.cores import kept_to
+from pyllama_dist.errors import ProtocolError
 from pyllama_dist.executor.memory import own_blocks
 from pyllama_dist.net.messages import AskUsage, Phase, Step, Usage
 from pyllama_dist.node import Node
@@ -37,7 +38,7 @@ class Root:
         """
         self.node = node
         self._workers, self._embedding, self._cpu = workers, embedding, cpu
-        self._number = 0
+        self._number, self._has_blocks = 0, False
         program, pipes = node.program, node.executor.memory.pipes
         self._x = pipes["x"].f32(0, program.max_rows)
         self._slices = [pipes["logits"].f32(i, program.max_logits) for i in range(program.n_nodes)]
@@ -45,6 +46,11 @@ class Root:
         if program.n_nodes > 1:
             vocab = sum(part.shape[1] for part in self._slices)
             self._logits = np.empty((program.max_logits, vocab), np.float32)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return len(self._embedding)
 
     def step(self, tokens: Sequence[int], batch: Batch) -> F32:
         """Runs all nodes on a batch.
@@ -58,11 +64,17 @@ class Root:
             [len(batch.logits), vocab] float32; the next step overwrites them.
 
         Raises:
+            ProtocolError: tokens and batch do not fit each other, the program or the vocabulary.
             NodeError: a worker was lost; with address, phase and what to do.
         """
-        if self._number == 0 and not batch.table:
+        if len(tokens) != len(batch.seqs):
+            raise ProtocolError(f"{len(tokens)} tokens for a batch of {len(batch.seqs)} rows")
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise ProtocolError(f"a token id beyond the vocabulary of {self.vocab_size}")
+        if not self._has_blocks and not batch.table:
             batch = replace(batch, table=own_blocks(self.node.program))
         check_batch(self.node.program, batch, self.node.executor.memory.table)
+        self._has_blocks = True
         self._workers.phase = Phase.STEP
         self._number = (self._number + 1) % (1 << 32)
         self._x[: len(tokens)] = self._embedding[np.asarray(tokens)]

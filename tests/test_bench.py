@@ -6,10 +6,9 @@ import json
 import runpy
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from pyllama_dist.cli import main
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.cluster import plan as plan_module
 from pyllama_dist.config import FloatType
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import UsageError
 from pyllama_dist.net.collectives import ALGORITHMS
 from pyllama_dist.net.messages import Usage
@@ -36,6 +36,8 @@ from pyllama_dist.simulate import simulated_root
 from pyllama_dist.worker import serve as serve_roots
 from pyllama_kernels.bandwidth import TURN, MemoryReader, sum_of
 from pyllama_kernels.blocks import dequantize_q40
+from pyllama_kernels.pages import KV_BLOCK
+from tests import fake_root
 
 TINY = {
     "model_type": "glm4",
@@ -206,90 +208,116 @@ def test_a_shape_can_be_cut_off_after_some_layers():
         shapes.with_layers(config, 3)
 
 
-class FakeRoot:
-    """Notes the batches; the most likely token is the number of the batch."""
-
-    def __init__(self, max_rows: int = 32, seq_len: int = 256) -> None:
-        self.program = SimpleNamespace(max_rows=max_rows, seq_len=seq_len)
-        self.node = SimpleNamespace(program=self.program, spent=Spent())
-        self.batches: list[tuple[list[int], Batch]] = []
-        self.asked = 0
+class FakeRoot(fake_root.FakeRoot):
+    """One worker, twice as slow; it has also worked before, for two seconds."""
 
     def usage(self):
-        """One worker, twice as slow; it has also worked before, for two seconds."""
-        self.asked += 1
         spent = self.node.spent
         return [Usage(2 + 2 * spent.compute_seconds, 0.0, 2 * spent.bytes_moved, 1 << 20)]
 
     def step(self, tokens, batch):
-        self.batches.append((list(tokens), batch))
-        assert len(tokens) == len(batch.seqs) == len(batch.positions)
-        spent = self.node.spent
-        spent.compute_seconds += 2
-        spent.sync_seconds += 0.5
-        spent.bytes_moved += 100
-        return np.eye(300, dtype=np.float32)[[len(self.batches)] * len(batch.logits)]
+        self.node.spent.compute_seconds += 2 - 0.001
+        self.node.spent.sync_seconds += 0.5
+        self.node.spent.bytes_moved += 100
+        return super().step(tokens, batch)
+
+    @property
+    def rows(self) -> list[tuple[list[int], tuple[int, ...]]]:
+        """Positions and wanted rows of all batches."""
+        return [(list(batch.positions), batch.logits) for _, batch in self.steps]
 
 
-def test_a_prompt_is_read_in_batches_and_wants_the_last_logits_only():
-    root = FakeRoot()
-    run = Bench(root, 300).run(Trial("pp", 70))
-    assert [batch.positions for _, batch in root.batches] == [
-        tuple(range(32)),
-        tuple(range(32, 64)),
-        tuple(range(64, 70)),
+@pytest.fixture
+def bench():
+    """A bench and its root."""
+    root = FakeRoot(
+        n_seqs=8,
+        n_blocks=64,
+        block_size=KV_BLOCK,
+        seq_len=256,
+        max_rows=32,
+        max_logits=8,
+        vocab_size=300,
+    )
+    with Engine(root) as engine:
+        yield Bench(engine), root
+
+
+def test_a_prompt_is_read_in_batches_and_wants_the_last_logits_only(bench):
+    bench, root = bench
+    run = bench.run(Trial("pp", 70))
+    assert root.rows == [
+        (list(range(32)), ()),
+        (list(range(32, 64)), ()),
+        (list(range(64, 70)), (5,)),
     ]
-    assert [batch.logits for _, batch in root.batches] == [(), (), (5,)]
-    assert all(0 <= token < 300 for tokens, _ in root.batches for token in tokens)
-    assert (run.compute_seconds, run.sync_seconds, run.bytes_moved) == (6, 1.5, 300)
+    assert (run.compute_seconds, run.sync_seconds, run.bytes_moved) == (
+        pytest.approx(6),
+        1.5,
+        300,
+    )
     assert run.seconds > 0
 
 
-def test_an_answer_is_one_row_at_a_time_and_takes_the_most_likely_token():
-    root = FakeRoot()
-    Bench(root, 300).run(Trial("tg", 3, depth=40))
-    (_, _, *answer) = root.batches  # the depth takes two
-    assert [batch for _, batch in answer] == [Batch((0,), (i,), (0,)) for i in (40, 41, 42)]
-    assert [tokens for tokens, _ in answer[1:]] == [[3], [4]]
+def test_an_answer_is_one_row_at_a_time_and_takes_the_most_likely_token(bench):
+    bench, root = bench
+    bench.run(Trial("tg", 3, depth=40))
+    assert root.rows[-3:] == [([40], (0,)), ([41], (0,)), ([42], (0,))]
+    history = root.history(root.steps[-1][1].seqs[0], 42)
+    assert root.steps[-1][0] == [int(root.logits_of(history[:42]).argmax())]
 
 
-def test_the_depth_is_filled_once_and_its_time_does_not_count():
-    root = FakeRoot()
-    bench = Bench(root, 300)
-    run = bench.run(Trial("pp", 8, depth=33))
-    assert [batch.positions for _, batch in root.batches] == [
-        tuple(range(32)),
-        (32,),
-        tuple(range(33, 41)),
-    ]
-    assert run.compute_seconds == 2
-    bench.run(Trial("tg", 1, depth=41))
+def test_users_do_the_same_at_once(bench):
+    bench, root = bench
+    run = bench.run(Trial("tg", 3, users=4))
+    assert [positions for positions, _ in root.rows] == [[0] * 4, [1] * 4, [2] * 4]
+    assert run.compute_seconds == pytest.approx(6)
+
+
+def test_the_depth_is_filled_once_and_its_time_does_not_count(bench):
+    bench, root = bench
+    assert bench.run(Trial("pp", 8, depth=33)).compute_seconds == pytest.approx(2)
+    assert root.rows[-1][0] == list(range(33, 41))
+    before = len(root.steps)
+    bench.run(Trial("tg", 1, depth=33))
     bench.run(Trial("pp", 8, depth=20))
-    assert [batch.positions for _, batch in root.batches[3:]] == [(41,), tuple(range(20, 28))]
+    assert [rows for rows, _ in root.rows[before:]] == [[33], list(range(20, 28))]
 
 
-def test_a_context_that_is_too_short_is_refused():
+def test_a_context_that_is_too_short_is_refused(bench):
     with pytest.raises(UsageError, match=r"pp8 @ d250 needs 258 positions, the context has 256"):
-        Bench(FakeRoot(), 300).run(Trial("pp", 8, depth=250))
+        bench[0].run(Trial("pp", 8, depth=250))
 
 
-def test_each_test_is_warmed_up_and_repeated():
-    root, seen = FakeRoot(), []
+def test_a_cache_that_is_too_small_for_all_users_is_refused():
+    root = FakeRoot(
+        n_seqs=8, n_blocks=2, block_size=KV_BLOCK, seq_len=256, max_rows=32, max_logits=8
+    )
+    with Engine(root) as engine, pytest.raises(UsageError, match="raise --kv-blocks"):
+        Bench(engine).run(Trial("tg", 1, depth=200, users=4))
+
+
+def test_each_test_is_warmed_up_and_repeated(bench):
+    (bench, root), seen = bench, []
     tests = plan_tests([4, 0], [2], [0, 16])
     assert [test.name for test in tests] == ["pp4", "tg2", "pp4 @ d16", "tg2 @ d16"]
     rates = iter(range(1, 9))
-    found = measure(
-        Bench(root, 300), tests[:2], 3, lambda: next(rates), lambda *run: seen.append(run)
-    )
+    found = measure(bench, tests[:2], 3, lambda: next(rates), lambda *run: seen.append(run))
     assert seen == [(test, run) for test in tests[:2] for run in range(4)]
     assert [len(result.runs) for result in found] == [3, 3]
     assert [result.bandwidth for result in found] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     # A step is 2 and 0.5 seconds, and 100 bytes: 3 of them, and 6. Warm-ups do not count.
-    assert [result.spent for result in found] == [
-        [Spent(6, 1.5, 300), Spent(12, 0, 600)],
-        [Spent(12, 3, 600), Spent(24, 0, 1200)],
+    assert [[astuple(spent) for spent in result.spent] for result in found] == [
+        [pytest.approx((6, 1.5, 300)), pytest.approx((12, 0, 600))],
+        [pytest.approx((12, 3, 600)), pytest.approx((24, 0, 1200))],
     ]
-    assert len(root.batches) == 4 + 1 + 3 * 2  # a warm-up of tg is one token
+    assert len(root.steps) == 4 + 1 + 3 * 2  # a warm-up of tg is one token
+
+
+def test_all_combinations_of_users_and_sizes_are_run():
+    names = [test.name for test in plan_tests([8], [4], [0, 16], [1, 2])]
+    assert names[:4] == ["pp8", "tg4", "pp8 x 2", "tg4 x 2"]
+    assert names[4:] == [f"{name} @ d16" for name in names[:4]]
 
 
 @pytest.fixture
@@ -480,9 +508,14 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync, collect
         thread.start()
     workers = tuple(Address("127.0.0.1", door.port) for door in doors)
     cluster = Cluster(
-        workers=workers, n_threads=1, sync=sync, max_seq_len=64, collective=collective
+        workers=workers,
+        n_threads=1,
+        sync=sync,
+        max_seq_len=64,
+        kv_blocks=8,
+        collective=collective,
     )
-    trials = [Trial("pp", 20), Trial("tg", 3, depth=20)]
+    trials = [Trial("pp", 20), Trial("tg", 3), Trial("tg", 4, users=3)]
     with open_session("tiny", RandomModel(shapes.config_of("tiny")), cluster) as session:
         runs = [session.bench.run(trial) for trial in trials]
         found = [session.traffic(trial) for trial in trials]
@@ -490,9 +523,9 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync, collect
         thread.join(10)
     for run, (root, *_) in zip(runs, found, strict=True):
         assert run.bytes_moved == root.sent + root.received > 0
-    for node, (pp, tg) in enumerate(zip(*found, strict=True)):
-        both = pp + tg
-        assert counts[node] == [both.sent, both.received, both.messages]
+    for node, parts in enumerate(zip(*found, strict=True)):
+        total = sum(parts, Traffic())
+        assert counts[node] == [total.sent, total.received, total.messages]
 
 
 @pytest.fixture

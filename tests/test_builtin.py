@@ -16,12 +16,12 @@ from pyllama_dist.chat import Conversation, open_model
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.config import FloatType
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
+from pyllama_dist.engine.sampler import Sampling
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.program import Batch
 from pyllama_dist.root import Root
-from pyllama_dist.sampler import Sampling
 from pyllama_dist.simulate import simulated_root
 from pyllama_kernels.pages import seq_blocks
 
@@ -205,8 +205,8 @@ def test_q40_and_q80_stay_close_to_float_on_the_same_weights(parts, n_nodes):
     )
     expected = float_logits(parts, tokens)
     plans = programs(parts.file.config, Cluster(local_workers=n_nodes - 1))
-    with simulated_root(parts.file, plans) as root:
-        logits = Engine(root).logits(tokens)
+    with simulated_root(parts.file, plans) as root, Engine(root) as engine:
+        logits = engine.logits(tokens)
     cosine = (logits * expected).sum() / np.linalg.norm(logits) / np.linalg.norm(expected)
     assert cosine >= 0.999
 
@@ -214,8 +214,8 @@ def test_q40_and_q80_stay_close_to_float_on_the_same_weights(parts, n_nodes):
 def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
     turns = ["What is 12 + 34?", "What is a worker?", "hello"]
     plans = programs(parts.file.config, Cluster())
-    with simulated_root(parts.file, plans) as root:
-        kept = Conversation(parts, Engine(root), Sampling(temperature=0))
+    with simulated_root(parts.file, plans) as root, Engine(root) as engine:
+        kept = Conversation(parts, engine, Sampling(temperature=0))
         texts = []
         for i, turn in enumerate(turns):
             answer = kept.ask(turn)
@@ -223,15 +223,14 @@ def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
             kept.remember(answer)
             cached = answer.generation.timings.cached_tokens
             assert (cached > 10) == (i > 0)
-    with simulated_root(parts.file, plans) as root:
-        for i, text in enumerate(texts):
-            afresh = Conversation(parts, Engine(root), Sampling(temperature=0))
+    for i, text in enumerate(texts):
+        with simulated_root(parts.file, plans) as root, Engine(root) as engine:
+            afresh = Conversation(parts, engine, Sampling(temperature=0))
             for before, said in zip(turns[:i], texts, strict=False):
                 afresh.messages += [
                     {"role": "user", "content": before},
                     {"role": "assistant", "content": said},
                 ]
-            afresh.engine.logits([1])  # what the cache held is gone
             assert "".join(piece.text for piece in afresh.ask(turns[i])) == text
 
 

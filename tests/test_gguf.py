@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from pyllama_dist.cli.convert import command
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import FileError
 from pyllama_dist.formats.convert import Report
 from pyllama_dist.formats.model_file import ModelFile
@@ -55,8 +55,8 @@ source = pytest.fixture(sound)
 def logits(model_dir: Path, tokens: list[int]) -> np.ndarray:
     with ModelFile.open(model_dir / "model.m", ARCHITECTURES) as model:
         plans = programs(model.config, Cluster(local_workers=1, sync=FloatType.F32))
-        with simulated_root(model, plans, 1) as root:
-            return Engine(root).logits(tokens)
+        with simulated_root(model, plans, 1) as root, Engine(root) as engine:
+            return engine.logits(tokens)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,7 +10,8 @@ import pytest
 
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
+from pyllama_dist.engine.sequence import Request
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
@@ -37,8 +38,8 @@ def engine(
     model: ModelFile, n_nodes: int, sync: FloatType = FloatType.F32, n_threads: int = 1
 ) -> Iterator[Engine]:
     plans = programs(model.config, Cluster(local_workers=n_nodes - 1, sync=sync))
-    with simulated_root(model, plans, n_threads) as root:
-        yield Engine(root)
+    with simulated_root(model, plans, n_threads) as root, Engine(root) as found:
+        yield found
 
 
 def test_there_are_checkpoints_of_every_kind():
@@ -63,7 +64,8 @@ def test_greedy_tokens_are_those_of_transformers(golden, n_nodes):
     model, expected = golden
     with engine(model, n_nodes) as e:
         prompt, greedy = expected["tokens"].tolist(), expected["greedy"].tolist()
-        tokens = list(e.generate(prompt, lambda row: int(row.argmax()), (), len(greedy)))
+        request = Request(prompt, lambda row: int(row.argmax()), max_tokens=len(greedy))
+        tokens = list(e.submit(request))
     assert tokens == greedy
 
 
@@ -81,7 +83,8 @@ def test_one_by_one_gives_the_logits_of_a_batch(golden):
     one_by_one = []
     with engine(model, 2) as e:
         for end in range(1, len(tokens) + 1):
-            list(e.generate(tokens[:end], lambda row: one_by_one.append(row.copy()) or 0, (0,)))
+            sampler = lambda row: one_by_one.append(row.copy()) or 0  # noqa: E731
+            list(e.submit(Request(tokens[:end], sampler, stop=(0,))))
     assert len(one_by_one) == len(tokens)
     assert np.abs(np.array(one_by_one) - expected["logits"]).max() < 1e-3
 

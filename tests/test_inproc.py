@@ -500,7 +500,7 @@ def test_a_batch_out_of_bounds_is_refused_by_the_worker_too(talk):
 
 def test_an_exchange_of_another_step_is_refused(talk):
     talk.ready()
-    talk.channel.send(Step(1, Batch((0,), (0,), ())))
+    talk.channel.send(Step(1, Batch((0,), (0,), (), ((0, 0, 0),))))
     frame = bytearray(HEAD + 256)
     write_head(memoryview(frame), 2, 0, 0)
     talk.mesh.exchange({1: memoryview(frame)}, {}, 10)
@@ -519,7 +519,7 @@ def test_an_exchange_that_never_comes_is_a_deadline(talk):
         data = bytes(weight.nbytes)
         talk.channel.send(WeightPart(i, 0, checksum(data)), data)
     talk.ask(WeightsEnd(), Ready)
-    error = talk.refused(Step(1, Batch((0,), (0,), ())))
+    error = talk.refused(Step(1, Batch((0,), (0,), (), ((0, 0, 0),))))
     assert error.culprit == "the root"
     assert error.message == "sent nothing for 0 s (step 1, after start)"
 

@@ -10,7 +10,7 @@ import pytest
 
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType, Pairs, Scoring
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
@@ -45,8 +45,8 @@ def golden(tmp_path, request) -> Iterator[tuple[ModelFile, list[int], np.ndarray
 
 
 def error(model, plans: list[Program], tokens: list[int], expected: np.ndarray) -> float:
-    with simulated_root(model, plans) as root:
-        return float(np.abs(Engine(root).logits(tokens) - expected).max())
+    with simulated_root(model, plans) as root, Engine(root) as engine:
+        return float(np.abs(engine.logits(tokens) - expected).max())
 
 
 def plans_of(model, n_nodes: int = 1) -> list[Program]:

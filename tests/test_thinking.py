@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pyllama_dist.chat import Answer, Conversation
 from pyllama_dist.cli import talk
+from pyllama_dist.engine.sampler import Sampling
 from pyllama_dist.errors import UsageError
-from pyllama_dist.sampler import Sampling
 from pyllama_dist.text.special import MARK, Rendered
 from pyllama_dist.text.thinking import Piece, Reply
 
@@ -182,7 +182,7 @@ def conversation(replies: list[list[str]], template: Template | None, **settings
     tokens = iter(range(len(pieces)))
     turns = iter(replies)
     engine: Any = SimpleNamespace(
-        generate=lambda *_, **__: [next(tokens) for _ in next(turns)],
+        submit=lambda *_, **__: [next(tokens) for _ in next(turns)],
     )
     return Conversation(parts, engine, Sampling(temperature=0.0), **settings)
 

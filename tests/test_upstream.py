@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType
-from pyllama_dist.engine import Engine
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import FileError
 from pyllama_dist.executor import kernels
 from pyllama_dist.formats.convert import convert
@@ -303,8 +303,8 @@ def run(path: Path, n_nodes: int) -> np.ndarray:
     with ModelFile.open(path, ARCHITECTURES) as model:
         cluster = Cluster(local_workers=n_nodes - 1, sync=FloatType.F32, cache=FloatType.F32)
         at_once = [changed(p, max_logits=len(TOKENS)) for p in programs(model.config, cluster)]
-        with simulated_root(model, at_once) as root:
-            return Engine(root).logits(list(TOKENS))
+        with simulated_root(model, at_once) as root, Engine(root) as engine:
+            return engine.logits(list(TOKENS))
 
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 3])

@@ -30,6 +30,7 @@ from pyllama_kernels.plans import LISTED, PAIRS, lists, spans
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
+U32 = npt.NDArray[np.uint32]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 
@@ -419,37 +420,94 @@ def gather(x: F32, index: I64, out: F32) -> None:
     out[:] = x[index]
 
 
-def sample(
-    logits: F32, top: float, coldness: float, topp: float, coin: float, odds: F32, tokens: I32
-) -> int:
-    """A token, drawn from the nucleus: the most likely tokens, as few as reach the share `topp`.
+def adjust(
+    logits: F32,
+    seen: I32,
+    counts: I32,
+    repetition: float,
+    presence: float,
+    frequency: float,
+    biased: I32,
+    bias: F32,
+    mask: U32,
+    out: F32,
+) -> None:
+    """out = logits with penalties for tokens that the text has already, a bias, and a mask.
 
-    odds = e^((logit - top) * coldness); of equally likely tokens the first belong to the nucleus.
+    A logit of a token that was seen is divided by `repetition` if it is positive, else multiplied
+    with it; one of a token that was generated is lowered by presence + frequency * its count.
+
+    Args:
+        logits: [vocab] float32.
+        seen: ids of the tokens of the text, each once, int32.
+        counts: how often each of these was generated, int32; 0: it is in the prompt alone.
+        repetition: 1 for none.
+        presence: 0 for none.
+        frequency: 0 for none.
+        biased: ids, each once, int32.
+        bias: what is added to the logits of these, float32.
+        mask: bit i % 32 of word i // 32 says whether token i is allowed, uint32; [0]: all are.
+        out: [vocab] float32.
+
+    Source: Keskar et al., CTRL, 2019 (repetition); OpenAI's API reference (the others).
+    """
+    out[: logits.size] = logits
+    x, factor = out[seen], np.float32(repetition)
+    x = np.where(x > 0, x / factor, x * factor)
+    lowered = np.float32(frequency) * counts.astype(np.float32) + np.float32(presence)
+    out[seen] = x - np.where(counts > 0, lowered, np.float32(0))
+    out[biased] += bias
+    if mask.size:
+        allowed = np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little")
+        out[: logits.size][allowed[: logits.size] == 0] = -np.inf
+
+
+def sample(
+    logits: F32,
+    top: float,
+    inverse_temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    uniform: float,
+    weights: F32,
+    tokens: I32,
+) -> int:
+    """Draws one of the tokens that top-k, then top-p, then min-p leave.
+
+    Each is drawn with a probability in proportion to its weight, e^((logit - top) *
+    inverse_temperature). Of equally likely tokens the first are left.
 
     Args:
         logits: [vocab] float32.
         top: the highest of them.
-        coldness: 1 / temperature.
-        topp: all tokens are in the nucleus if it is not between 0 and 1.
-        coin: from 0 to below 1; which token of the nucleus, in their order, each as wide as its
-            odds.
-        odds: float32, and
+        inverse_temperature: 1 / temperature.
+        top_k: so many of the most likely tokens are left; 0: all.
+        top_p: the most likely tokens are left, as few as reach this share together; all if it is
+            not between 0 and 1.
+        min_p: tokens are left whose weight is at least this, which is a share of the highest.
+        uniform: from 0 to below 1; which token of those left, in their order, each as wide as its
+            weight.
+        weights: float32, and
         tokens: int32: memory for the kernels.
 
-    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, 2019.
+    Source: Fan et al., Hierarchical Neural Story Generation, 2018 (top-k); Holtzman et al., The
+    Curious Case of Neural Text Degeneration, 2019 (top-p); Nguyen et al., Turning Up the Heat,
+    2024 (min-p).
     """
     with np.errstate(over="ignore"):
-        return draw(np.exp((logits - np.float32(top)) * np.float32(coldness)), topp, coin)
+        found = np.exp((logits - np.float32(top)) * np.float32(inverse_temperature))
+    return draw(found, top_k, top_p, min_p, uniform)
 
 
-def draw(odds: F32, topp: float, coin: float) -> int:
-    """The second half of `sample`: from odds to a token."""
-    likely = odds.astype(np.float64)
-    nucleus = np.arange(likely.size)
-    if 0 < topp < 1:
-        order = np.argsort(-likely, kind="stable")
-        before = np.cumsum(likely[order]) - likely[order]
-        nucleus = np.sort(order[before < topp * likely.sum()])
-    reach = np.cumsum(likely[nucleus])
-    place = np.searchsorted(reach, coin * reach[-1], side="right")
-    return int(nucleus[min(place, nucleus.size - 1)])
+def draw(weights: F32, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    """The second half of `sample`: from weights to a token."""
+    likely = weights.astype(np.float64)
+    left = np.argsort(-likely, kind="stable")[: top_k or None]
+    if 0 < top_p < 1:
+        before = np.cumsum(likely[left]) - likely[left]
+        left = left[before < top_p * likely[left].sum()]
+    left = np.sort(left[likely[left] >= np.float32(min_p)])
+    reach = np.cumsum(likely[left])
+    place = np.searchsorted(reach, uniform * reach[-1], side="right")
+    return int(left[min(place, left.size - 1)])

@@ -31,4 +31,6 @@ def warm_up() -> None:
     oploop.end_step(state)
     logits = np.zeros(sampling.VECTOR, np.float32)
     tokens = np.zeros(logits.size, np.int32)
-    sampling.sample(logits, logits[0], 1.0, 1.0, 0.0, logits, tokens)
+    mask = np.zeros(1, np.uint32)
+    sampling.adjust(logits, tokens, tokens, 1.0, 0.0, 0.0, tokens, logits, mask, logits.copy())
+    sampling.sample(logits, np.float32(0), 1.0, 0, 1.0, 0.0, 0.0, logits, tokens)

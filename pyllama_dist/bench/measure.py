@@ -1,17 +1,24 @@
 """Runs tests as llama-bench defines them, and takes the time."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from pyllama_dist.engine.blocks import BlockPool
+from pyllama_dist.engine.engine import Engine
+from pyllama_dist.engine.sampler import F32
+from pyllama_dist.engine.scheduler import Scheduler
+from pyllama_dist.engine.sequence import Request, Sequence
 from pyllama_dist.errors import UsageError
 from pyllama_dist.node import Spent
 from pyllama_dist.ops import ExpertMatmul, Matmul
 from pyllama_dist.program import Batch, Op, Program
-from pyllama_dist.root import Root
+from pyllama_kernels.pages import KV_BLOCK, seq_blocks
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Test:
     kind: Literal["pp", "tg"]
     tokens: int
     depth: int = 0  # positions that the cache holds before
+    users: int = 1  # who do the same at once, each with a text of their own
 
     @property
     def name(self) -> str:
@@ -28,13 +36,21 @@ class Test:
 
         >>> Test("pp", 512).name, Test("tg", 128, depth=4096).name
         ('pp512', 'tg128 @ d4096')
+        >>> Test("tg", 128, users=8).name
+        'tg128 x 8'
         """
-        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+        users = f" x {self.users}" if self.users > 1 else ""
+        return f"{self.kind}{self.tokens}{users}" + (f" @ d{self.depth}" if self.depth else "")
 
     @property
     def positions(self) -> int:
         """Positions of the context that the test needs."""
         return self.depth + self.tokens
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all users."""
+        return self.users * self.tokens
 
 
 @dataclass(frozen=True)
@@ -52,35 +68,37 @@ class Result:
     """What the runs of a test have cost."""
 
     test: Test
-    runs: Sequence[Run]
-    bandwidth: Sequence[float]  # bytes per second, read from memory before, and after each run
-    spent: Sequence[Spent]  # by each node in all runs, the root first
+    runs: Tokens[Run]
+    bandwidth: Tokens[float]  # bytes per second, read from memory before, and after each run
+    spent: Tokens[Spent]  # by each node in all runs, the root first
 
 
 class Bench:
-    """A root, and how far its cache is filled.
+    """A client of an engine, which stands for all users of a test.
 
     Tokens are random. The tokens of a tg test are the most likely ones, so taking them is part of
-    the time; of a pp test the logits of the last token are computed, and not looked at.
+    the time; of a pp test one token is taken.
     """
 
-    def __init__(self, root: Root, vocab_size: int) -> None:
-        self._root, self._vocab_size = root, vocab_size
-        self._program = root.node.program
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._root = engine, engine.root
         self._random = np.random.default_rng(0)
-        self._filled = 0  # positions whose keys and values come from some token
+        self._texts: dict[int, list[int]] = {}  # of each user, as deep as it was needed
 
     def run(self, test: Test) -> Run:
         """Runs a test once.
 
         Raises:
-            UsageError: the context is too short for it.
+            UsageError: the context is too short for it, or the cache for all users.
             NodeError: a worker was lost.
         """
-        check_fits(test, self._program.seq_len)
-        if test.depth > self._filled:
-            self._read(self._filled, test.depth)
-        return self._timed(test)
+        check_fits(test, self._engine.seq_len)
+        # What the cache did not hold is there after the first run, whose time does not count.
+        for _ in range(2):
+            run, cached = self._timed(test)
+            if cached == test.users * test.depth:
+                return run
+        raise UsageError(f"the KV cache is too small for {test.name}; raise --kv-blocks")
 
     def warm_up(self, test: Test) -> None:
         """What llama-bench does before it takes the time: the whole prompt, or one token."""
@@ -88,68 +106,86 @@ class Bench:
 
     def spent(self) -> list[Spent]:
         """What steps have cost each node so far, the root first."""
-        usage = self._root.usage()
+        usage = self._engine.between_steps(self._root.usage)
         workers = [Spent(u.compute_seconds, u.sync_seconds, u.bytes_moved) for u in usage]
         return [replace(self._root.node.spent), *workers]
 
     def peak_bytes(self) -> list[int]:
         """Memory that each worker has taken at most."""
-        return [usage.peak_bytes for usage in self._root.usage()]
+        return [usage.peak_bytes for usage in self._engine.between_steps(self._root.usage)]
 
-    def _timed(self, test: Test) -> Run:
+    def _timed(self, test: Test) -> tuple[Run, int]:
+        """A run, and how many positions of it the cache held."""
+        prompts = [
+            [*self._text(user, test.depth), *self._tokens(_prompt_tokens(test))]
+            for user in range(test.users)
+        ]
+        most = 1 if test.kind == "pp" else test.tokens
         before = replace(self._root.node.spent)
         started = time.perf_counter()
-        if test.kind == "pp":
-            self._read(test.depth, test.positions)
-        else:
-            self._write(test.depth, test.positions)
+        streams = self._engine.submit_all(
+            [Request(prompt, _most_likely, max_tokens=most) for prompt in prompts]
+        )
+        for stream in streams:
+            for _ in stream:
+                pass
         seconds = time.perf_counter() - started
         cost = self._root.node.spent - before
-        return Run(seconds, cost.compute_seconds, cost.sync_seconds, cost.bytes_moved)
+        run = Run(seconds, cost.compute_seconds, cost.sync_seconds, cost.bytes_moved)
+        return run, sum(stream.timings.cached_tokens for stream in streams)
 
-    def _read(self, start: int, stop: int) -> None:
-        """Positions as a prompt: in batches, with the logits of the last token."""
-        for batch in _prompt(start, stop, self._program.max_rows):
-            tokens = self._random.integers(0, self._vocab_size, len(batch.seqs)).tolist()
-            self._root.step(tokens, batch)
-        self._filled = max(self._filled, stop)
+    def _text(self, user: int, depth: int) -> list[int]:
+        text = self._texts.setdefault(user, [])
+        text += self._tokens(max(0, depth - len(text)))
+        return text[:depth]
 
-    def _write(self, start: int, stop: int) -> None:
-        """Positions as an answer: one step for each, the most likely token next."""
-        token = int(self._random.integers(self._vocab_size))
-        for batch in _answer(start, stop):
-            logits = self._root.step([token], batch)
-            token = int(logits[0].argmax())
-        self._filled = max(self._filled, stop)
+    def _tokens(self, count: int) -> list[int]:
+        return [int(token) for token in self._random.integers(0, self._root.vocab_size, count)]
 
 
-def batches(test: Test, max_rows: int) -> Iterator[Batch]:
-    """The batches of a test's steps.
-
-    Args:
-        test: what is run.
-        max_rows: of a batch.
-    """
-    if test.kind == "pp":
-        return _prompt(test.depth, test.positions, max_rows)
-    return _answer(test.depth, test.positions)
+def _most_likely(logits: F32) -> int:
+    return int(logits.argmax())
 
 
-def _prompt(start: int, stop: int, max_rows: int) -> Iterator[Batch]:
-    for first in range(start, stop, max_rows):
-        last = min(first + max_rows, stop)
-        wanted = (last - first - 1,) if last == stop else ()
-        yield Batch((0,) * (last - first), tuple(range(first, last)), wanted)
+def _prompt_tokens(test: Test) -> int:
+    """Tokens of a prompt after the depth: a step is needed for the first token of an answer."""
+    return test.tokens if test.kind == "pp" else 1
 
 
-def _answer(start: int, stop: int) -> Iterator[Batch]:
-    for position in range(start, stop):
-        yield Batch((0,), (position,), (0,))
+def batches(test: Test, program: Program) -> Iterator[Batch]:
+    """The batches of a test's steps, as the scheduler forms them."""
+    most = 1 if test.kind == "pp" else test.tokens
+    pool = BlockPool(blocks_of(test), KV_BLOCK)
+    scheduler = Scheduler(
+        pool,
+        n_seqs=program.n_seqs,
+        max_rows=program.max_rows,
+        max_logits=program.max_logits,
+    )
+    for tokens, max_tokens in ((test.depth, 1), (test.depth + _prompt_tokens(test), most)):
+        for user in range(test.users if tokens else 0):
+            # Texts differ from their beginning, and a text from what an answer adds.
+            prompt = [-1 - user] * test.depth + [user] * (tokens - test.depth)
+            request = Request(prompt, _most_likely, max_tokens=max_tokens)
+            scheduler.add(Sequence.of(request, user))
+        while (step := scheduler.plan()) is not None:
+            if tokens > test.depth:
+                yield step.batch
+            scheduler.settle()
+            for sequence in step.logits:
+                sequence.tokens.append(sequence.number)
+                if len(sequence.tokens) == tokens + max_tokens:
+                    scheduler.end(sequence)
+
+
+def blocks_of(test: Test) -> int:
+    """Blocks of the KV cache that a test needs: for each user its positions, and a copy."""
+    return test.users * (seq_blocks(test.positions) + 1)
 
 
 def measure(
     bench: Bench,
-    tests: Sequence[Test],
+    tests: Tokens[Test],
     repetitions: int,
     bandwidth: Callable[[], float],
     starting: Callable[[Test, int], None] = lambda test, run: None,
@@ -157,7 +193,7 @@ def measure(
     """Runs tests one after the other, each after a warm-up.
 
     Args:
-        bench: a root with a context long enough for all of them.
+        bench: an engine with a context long enough for all of them.
         tests: what to run.
         repetitions: runs of each test.
         bandwidth: bytes per second that can be read from memory, asked for before the first run
@@ -178,12 +214,14 @@ def measure(
     return found
 
 
-def plan_tests(prompts: Sequence[int], answers: Sequence[int], depths: Sequence[int]) -> list[Test]:
+def plan_tests(
+    prompts: Tokens[int], answers: Tokens[int], depths: Tokens[int], users: Tokens[int] = (1,)
+) -> list[Test]:
     """All tests that lists of sizes ask for; a size of 0 asks for none."""
     tests = []
-    for depth in depths:
-        tests += [Test("pp", tokens, depth) for tokens in prompts if tokens]
-        tests += [Test("tg", tokens, depth) for tokens in answers if tokens]
+    for depth, count in itertools.product(depths, users):
+        tests += [Test("pp", tokens, depth, count) for tokens in prompts if tokens and count]
+        tests += [Test("tg", tokens, depth, count) for tokens in answers if tokens and count]
     return tests
 
 

@@ -61,8 +61,10 @@ class Figures:
     p: int
     n: int
     d: int
+    users: int
     repetitions: int
-    tokens_per_second: float  # mean, as llama-bench's
+    tokens_per_second: float  # mean, as llama-bench's; of all users together
+    tokens_per_second_per_user: float
     stdev: float
     median: float
     gb_per_second: float | None  # of matrices read by the nodes here; a prompt is not bound by it
@@ -111,16 +113,9 @@ def as_csv(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     """A table for GitHub, and below it the facts that all its lines share."""
     model, setting, machine = report.model, report.setting, report.machine
-    heading = ["model", "size", "params", "kernels", "nodes", "threads", "test", "t/s", "median"]
-    heading += [
-        "GB/s",
-        "% of memory",
-        "compute ms",
-        "sync ms",
-        "kB sent",
-        "kB received",
-        "messages",
-    ]
+    heading = ["model", "size", "params", "kernels", "nodes", "threads", "test", "t/s", "per user"]
+    heading += ["median", "GB/s", "% of memory", "compute ms", "sync ms"]
+    heading += ["kB sent", "kB received", "messages"]
     common = [
         f"{model.model} {model.weights.upper()}",
         _short(model.matrix_bytes, "MB", "GB"),
@@ -138,6 +133,7 @@ def as_markdown(report: Report) -> str:
                 *common,
                 found.test,
                 f"{found.tokens_per_second:.2f} ± {found.stdev:.2f}",
+                f"{found.tokens_per_second_per_user:.2f}",
                 f"{found.median:.2f}",
                 "" if rate is None else f"{rate:.2f}",
                 "" if share is None else f"{100 * share:.0f}",
@@ -167,11 +163,12 @@ def as_markdown(report: Report) -> str:
 def figures(report: Report, result: Result) -> Figures:
     """What the runs of a test come to."""
     test, runs = result.test, result.runs
-    rates = [test.tokens / run.seconds for run in runs]
-    tokens = test.tokens * len(runs)
+    rates = [test.all_tokens / run.seconds for run in runs]
+    tokens = test.all_tokens * len(runs)
     traffic = report.traffic[test]
-    # A prompt is not bound by memory.
-    read = [rate * report.bytes_here for rate in rates] if test.kind == "tg" else []
+    # A prompt is not bound by memory. A step reads matrices once for all users, but for experts.
+    steps = [rate / test.users for rate in rates]
+    read = [rate * report.bytes_here for rate in steps] if test.kind == "tg" else []
     most = [fmean(around) for around in pairwise(result.bandwidth)]  # of each run
     shares = [rate / limit for rate, limit in zip(read, most, strict=False)]
     return Figures(
@@ -179,8 +176,10 @@ def figures(report: Report, result: Result) -> Figures:
         p=test.tokens if test.kind == "pp" else 0,
         n=test.tokens if test.kind == "tg" else 0,
         d=test.depth,
+        users=test.users,
         repetitions=len(runs),
         tokens_per_second=fmean(rates),
+        tokens_per_second_per_user=fmean(rates) / test.users,
         stdev=stdev(rates) if len(rates) > 1 else 0.0,
         median=median(rates),
         gb_per_second=median(read) / 1e9 if read else None,
@@ -188,9 +187,9 @@ def figures(report: Report, result: Result) -> Figures:
         memory_gb_per_second=[rate / 1e9 for rate in result.bandwidth],
         compute_ms_per_token=[1e3 * node.compute_seconds / tokens for node in result.spent],
         sync_ms_per_token=[1e3 * node.sync_seconds / tokens for node in result.spent],
-        kb_sent_per_token=[node.sent / 1e3 / test.tokens for node in traffic],
-        kb_received_per_token=[node.received / 1e3 / test.tokens for node in traffic],
-        messages_per_token=[node.messages / test.tokens for node in traffic],
+        kb_sent_per_token=[node.sent / 1e3 / test.all_tokens for node in traffic],
+        kb_received_per_token=[node.received / 1e3 / test.all_tokens for node in traffic],
+        messages_per_token=[node.messages / test.all_tokens for node in traffic],
     )
 
 

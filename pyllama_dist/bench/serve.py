@@ -60,7 +60,7 @@ class Server:
         if len(tests) != 1:
             raise UsageError(f"p {p}, n {n}: one of them says how many tokens, the other is 0")
         run = self._session.bench.run(tests[0])
-        return {"tokens_per_second": tests[0].tokens / run.seconds, **asdict(run)}
+        return {"tokens_per_second": tests[0].all_tokens / run.seconds, **asdict(run)}
 
     def bandwidth(self, threads: int) -> Answer:
         """What so many threads read from memory.

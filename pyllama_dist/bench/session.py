@@ -9,6 +9,7 @@ from pyllama_dist.bench.random_model import RandomModel
 from pyllama_dist.bench.report import Model, Setting
 from pyllama_dist.bench.traffic import Traffic, traffic
 from pyllama_dist.cluster import Cluster, open_root, programs
+from pyllama_dist.engine.engine import Engine
 from pyllama_dist.executor import kernels
 from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.program import Program
@@ -27,7 +28,7 @@ class Session:
 
     def traffic(self, test: Test) -> list[Traffic]:
         """What each node sends and receives in one run of a test."""
-        return traffic(self.programs, batches(test, self.setting.max_rows), self.setting.collective)
+        return traffic(self.programs, batches(test, self.programs[0]), self.setting.collective)
 
 
 @contextmanager
@@ -54,10 +55,10 @@ def open_session(
     sizes = list(map(matrix_bytes, plans))
     # Workers of this machine come right after the root.
     here = 1 + cluster.local_workers + sum(worker.is_loopback for worker in cluster.workers)
-    with open_root(source, cluster, progress) as root:
+    with open_root(source, cluster, progress) as root, Engine(root) as engine:
         program = root.node.program
         yield Session(
-            Bench(root, config.vocab_size),
+            Bench(engine),
             Model(
                 model=name,
                 arch=config.arch,

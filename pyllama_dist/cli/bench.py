@@ -53,6 +53,7 @@ _LIST: dict[str, Any] = {"callback": _sizes, "metavar": "N,N,...", "show_default
 @option("--n-prompt", "-p", default="512", **_LIST, help="Tokens of prompts; 0: none.")
 @option("--n-gen", "-n", default="128", **_LIST, help="Tokens of answers; 0: none.")
 @option("--n-depth", "-d", default="0", **_LIST, help="Positions in the cache before.")
+@option("--users", "-b", default="1", **_LIST, help="Who do the same at once.")
 @option("--repetitions", "-r", type=click.IntRange(min=1), default=5, show_default=True)
 @option("--output", "-o", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True)
 def command(
@@ -62,6 +63,7 @@ def command(
     n_prompt: list[int],
     n_gen: list[int],
     n_depth: list[int],
+    users: list[int],
     repetitions: int,
     output: str,
     **cluster_settings: Any,
@@ -69,32 +71,38 @@ def command(
     """Measure what a model does on these machines, in llama-bench's words.
 
     pp512 is a prompt of 512 tokens, read in batches; tg128 is 128 tokens, one after the other, the
-    most likely one next; "@ d4096" says how many positions the cache held before. t/s is the mean
-    of the repetitions ± their standard deviation, after a warm-up that does not count. GB/s is what
-    the nodes of this machine read of the matrices, and its share of what as many threads read from
-    memory right after each repetition; of experts, those count that are chosen. Milliseconds of
-    computing and of exchanging (waiting for others included) and kB of the exchanges are those of
-    each node, for each token, the root first. -m and -t are short for --model and --nthreads; an
-    unknown --shape is answered with those that there are. Of a shape too large for these machines
-    --layers takes a part, from which the rest can be worked out.
+    most likely one next; "x 8" says that 8 users do it at once, each with a text of their own: t/s
+    is that of all, beside it that of each; "@ d4096" says how many positions the cache held before.
+    t/s is the mean of the repetitions ± their standard deviation, after a warm-up that does not
+    count. GB/s is what the nodes of this machine read of the matrices, and its share of what as
+    many threads read from memory right after each repetition; of experts, those count that are
+    chosen for one token. Milliseconds of computing and of exchanging (waiting for others included)
+    and kB of the exchanges are those of each node, for each token, the root first. -m and -t are
+    short for --model and --nthreads; an unknown --shape is answered with those that there are. Of a
+    shape too large for these machines --layers takes a part, from which the rest can be worked out.
     """
     from datetime import UTC, datetime
 
     from pyllama_dist.bench import machine, report
-    from pyllama_dist.bench.measure import check_fits, measure, plan_tests
+    from pyllama_dist.bench.measure import blocks_of, check_fits, measure, plan_tests
     from pyllama_dist.bench.session import open_session
+    from pyllama_dist.cluster import MAX_SEQS
     from pyllama_dist.memory_use import resident_bytes
 
     if shape is not None and model is not None:
         raise UsageError("--shape and --model are two models; give one of them")
     if layers is not None and shape is None:
         raise UsageError("--layers cuts a shape; give one with --shape")
-    tests = plan_tests(n_prompt, n_gen, n_depth)
+    tests = plan_tests(n_prompt, n_gen, n_depth, users)
     if not tests:
-        raise UsageError("nothing to measure: -p or -n must be more than 0")
+        raise UsageError("nothing to measure: -p or -n, and -b, must be more than 0")
+    if max(users) > MAX_SEQS:
+        raise UsageError(f"-b {max(users)}: {MAX_SEQS} sequences run at once, no more")
     cluster = make_cluster(**cluster_settings)
     seq_len = cluster.max_seq_len or max(test.positions for test in tests)
     cluster = replace(cluster, max_seq_len=seq_len)
+    if cluster.kv_blocks is None and cluster.kv_memory is None:
+        cluster = replace(cluster, kv_blocks=max(map(blocks_of, tests)))
     before = machine.load_average()
     with ExitStack() as stack:
         name, source = stack.enter_context(_source(model, shape, layers))

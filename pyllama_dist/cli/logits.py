@@ -27,7 +27,7 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
     import numpy as np
 
     from pyllama_dist.cluster import open_root
-    from pyllama_dist.engine import Engine
+    from pyllama_dist.engine.engine import Engine
     from pyllama_dist.formats.model_file import ModelFile
     from pyllama_dist.models import ARCHITECTURES
 
@@ -38,7 +38,7 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
         ids = _ids(tokens, file.config.vocab_size)
         with progress_bar("weights") as progress:
             root = stack.enter_context(open_root(file, cluster, progress))
-        logits = Engine(root).logits(ids)
+        logits = stack.enter_context(Engine(root)).logits(ids)
     try:
         with out.open("wb") as target:
             np.save(target, logits)

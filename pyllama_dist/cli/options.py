@@ -1,6 +1,7 @@
 """Options that several commands share. Each also reads its `PYLLAMA_DIST_...` variable."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pyllama_dist.config import FloatType
 from pyllama_dist.errors import UsageError
 from pyllama_dist.net.collectives import ALGORITHMS, AUTO
 from pyllama_dist.net.transport import Address
+from pyllama_kernels.pages import KV_BLOCK
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,6 +53,16 @@ def _repeat(flag: str, args: Sequence[str]) -> Iterator[str]:
         else:
             first = False
         yield arg
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The bytes of `4G`, `512M` or `1000000`."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15})([kMGT]?)i?B?", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size like 512M or 4G", ctx, param)
+    return int(found[1]) << 10 * " kMGT".index(found[2] or " ")
 
 
 def cluster_options(command: _F) -> _F:
@@ -104,6 +116,18 @@ def cluster_options(command: _F) -> _F:
                 help="Positions of the context. [default: the model's, at most 8192]",
             ),
             option(
+                "--kv-blocks",
+                type=click.IntRange(min=1),
+                help=f"Blocks of the KV cache, of {KV_BLOCK} positions, which all sequences share. "
+                "[default: enough for one context]",
+            ),
+            option(
+                "--kv-memory",
+                callback=_bytes,
+                metavar="SIZE",
+                help="Instead of --kv-blocks: memory of the KV cache on all nodes, as 512M or 4G.",
+            ),
+            option(
                 "--timeout",
                 type=click.FloatRange(min=0.1, max=86400),
                 default=60.0,
@@ -133,6 +157,8 @@ def make_cluster(
     collective: str,
     kv_cache_type: str | None,
     max_seq_len: int | None,
+    kv_blocks: int | None,
+    kv_memory: int | None,
     timeout: float,
 ) -> Cluster:
     """The cluster that `cluster_options` describe.
@@ -146,6 +172,8 @@ def make_cluster(
         raise UsageError(f"--workers names {twice[0]} twice; a worker is one node")
     if not math.isfinite(timeout):
         raise UsageError(f"--timeout {timeout} is no number of seconds")
+    if kv_blocks is not None and kv_memory is not None:
+        raise UsageError("--kv-blocks and --kv-memory both size the KV cache; give one of them")
     return Cluster(
         workers=addresses,
         local_workers=local_workers,
@@ -153,6 +181,8 @@ def make_cluster(
         sync=FloatType[buffer_float_type.upper()],
         cache=FloatType[kv_cache_type.upper()] if kv_cache_type else None,
         max_seq_len=max_seq_len,
+        kv_blocks=kv_blocks,
+        kv_memory=kv_memory,
         timeout=timeout,
         collective=collective,
         notice=lambda text: click.echo(text, err=True),

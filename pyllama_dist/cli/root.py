@@ -59,7 +59,7 @@ def command(
     from pyllama_dist.chat import Conversation, open_model
     from pyllama_dist.cli import talk
     from pyllama_dist.cluster import open_root
-    from pyllama_dist.engine import Engine
+    from pyllama_dist.engine.engine import Engine
 
     if as_json and prompt is None:
         raise UsageError("--json prints one answer; say what to answer with --prompt")
@@ -76,7 +76,8 @@ def command(
             root = stack.enter_context(open_root(parts.file, cluster, progress))
         sampling = parts.sampling(temperature, topp, seed)
         variables = {} if think is None else {"enable_thinking": think}
-        conversation = Conversation(parts, Engine(root), sampling, system, variables)
+        engine = stack.enter_context(Engine(root))
+        conversation = Conversation(parts, engine, sampling, system, variables)
         if prompt is None:
             talk.chat(conversation, steps)
         elif as_json:

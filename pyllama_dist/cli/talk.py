@@ -3,10 +3,10 @@
 import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from types import FrameType
+from typing import Self
 
 import click
 
@@ -15,34 +15,41 @@ from pyllama_dist.errors import UsageError
 from pyllama_dist.text.thinking import Piece
 
 
-@contextmanager
-def _catch_interrupt() -> Iterator["_Flag"]:
-    """The first ^C raises a flag, so that a step can end in order; the second one interrupts."""
-    flag = _Flag()
-    before = signal.signal(signal.SIGINT, flag.raise_)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)
+class _Interrupt:
+    """The first ^C cancels an answer, so that a step can end in order; the second one interrupts.
 
+    To be used as a context around the answer.
+    """
 
-class _Flag:
     def __init__(self) -> None:
-        self.raised = False
+        self._raised = False
+        self._answer: Answer | None = None
 
-    def raise_(self, number: int, frame: FrameType | None) -> None:
-        """Handles SIGINT."""
-        if self.raised:
+    def cancels(self, answer: Answer) -> Answer:
+        """Says which answer; one that was interrupted before it began ends at once."""
+        self._answer = answer
+        if self._raised:
+            answer.generation.cancel()
+        return answer
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._raised:
             raise KeyboardInterrupt
-        self.raised = True
-
-    def __call__(self) -> bool:
-        return self.raised
+        self._raised = True
+        if self._answer is not None:
+            self._answer.generation.cancel()
 
 
 def _stream(conversation: Conversation, text: str, steps: int) -> Answer:
-    with _catch_interrupt() as interrupted:
-        answer = conversation.ask(text, steps, interrupted)
+    with _Interrupt() as interrupt:
+        answer = interrupt.cancels(conversation.ask(text, steps))
         _print(answer)
     return answer
 
@@ -93,8 +100,8 @@ def answer(conversation: Conversation, prompt: str, steps: int) -> None:
 
 def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
     """Prints one answer as a JSON object."""
-    with _catch_interrupt() as interrupted:
-        done = conversation.ask(prompt, steps, interrupted)
+    with _Interrupt() as interrupt:
+        done = interrupt.cancels(conversation.ask(prompt, steps))
         for _ in done:
             pass
     timings, program = done.generation.timings, conversation.engine.root.node.program

@@ -4,13 +4,13 @@ Nothing here talks to anybody.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from pyllama_dist.config import FloatType, ModelConfig
 from pyllama_dist.cores import available_cores
 from pyllama_dist.errors import NodeError, UsageError
-from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.executor.memory import block_bytes, planned_bytes
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.collectives import AUTO
@@ -18,11 +18,11 @@ from pyllama_dist.net.messages import NodeInfo
 from pyllama_dist.net.transport import Address
 from pyllama_dist.partition import max_nodes
 from pyllama_dist.program import Program
-from pyllama_kernels.pages import seq_blocks
+from pyllama_kernels.pages import KV_BLOCK, seq_blocks
 
 MAX_NODES = 256
 MAX_ROWS = 256  # rows of a batch while a prompt is read: each weight is fetched once for all
-MAX_LOGITS = 8  # rows of a batch whose logits can be asked for
+MAX_SEQS = 16  # sequences that run at once, and rows of a batch whose logits can be asked for
 DEFAULT_SEQ_LEN = 8192  # the cache of a longer context is taken only when asked for
 
 
@@ -36,6 +36,8 @@ class Cluster:
     sync: FloatType = FloatType.Q80
     cache: FloatType | None = None  # of keys and values; None: what suits the model
     max_seq_len: int | None = None
+    kv_blocks: int | None = None  # of the KV cache; None: as many as one context needs
+    kv_memory: int | None = None  # bytes of all nodes together, instead of `kv_blocks`
     timeout: float = 60.0
     collective: str = AUTO
     notice: Callable[[str], None] = field(default=lambda text: None)
@@ -128,12 +130,25 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         sync=cluster.sync,
         cache=_cache_type(config) if cluster.cache is None else cluster.cache,
         max_rows=MAX_ROWS,
-        max_logits=MAX_LOGITS,
-        n_seqs=1,
-        n_blocks=seq_blocks(seq_len),
+        max_logits=MAX_SEQS,
+        n_seqs=MAX_SEQS,
+        n_blocks=cluster.kv_blocks or seq_blocks(seq_len),
         seq_len=seq_len,
     )
-    return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
+
+    def build(plan: Plan) -> list[Program]:
+        return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
+
+    found = build(plan)
+    if cluster.kv_memory is None:
+        return found
+    each = sum(map(block_bytes, found))
+    if cluster.kv_memory < each:
+        raise UsageError(
+            f"--kv-memory {cluster.kv_memory} holds no block of the KV cache; one of {KV_BLOCK} "
+            f"positions takes {each} bytes"
+        )
+    return build(replace(plan, n_blocks=cluster.kv_memory // each))
 
 
 def _cache_type(config: ModelConfig) -> FloatType:

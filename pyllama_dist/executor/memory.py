@@ -62,16 +62,21 @@ def pipe_bytes(program: Program, pipe: Pipe) -> int:
     return -(-(HEADROOM + payload) // STRIDE) * STRIDE
 
 
+def block_bytes(program: Program) -> int:
+    """Bytes of one block of all caches of a node."""
+    each = (c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
+    return KV_BLOCK * sum(each)
+
+
 def planned_bytes(program: Program) -> int:
     """Bytes that a node needs for a program, as far as they grow with the model."""
-    caches = sum(c.kv_heads * c.float_type.row_bytes(c.head_dim) for c in program.caches)
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
     pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
     constants = {c.key: c.nbytes for op in ops(program) for c in op.constants(program)}
     facts = 8 * (2 * program.max_rows + program.max_logits)
     facts += 8 * program.n_seqs * seq_blocks(program.seq_len)
     held = sum(_room(weight) + 8 for weight in weights(program))  # and its address
-    kept = caches * program.n_blocks * KV_BLOCK
+    kept = block_bytes(program) * program.n_blocks
     return held + kept + buffers + pipes + facts + shared_bytes(program) + sum(constants.values())
 
 

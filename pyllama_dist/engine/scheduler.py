@@ -1,0 +1,178 @@
+"""Which rows the next step computes. Pure: it touches no node, and knows no time.
+
+A step first has a row for each sequence that decodes, then rows of prompts, in the order in which
+their sequences arrived: as many as the budget allows, in multiples of 16 but for the end of a
+prompt. While others decode, a prompt takes fewer rows, so that they do not wait too long.
+
+A sequence starts when there are blocks for all its tokens. When one that decodes needs another
+block and none is left, the newest sequence is preempted: it gives its blocks back and waits, in
+its place in the order of arrival, to be computed again. The oldest sequence is never preempted, so
+each one becomes the oldest, and ends.
+"""
+
+from bisect import insort
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+
+from pyllama_dist.engine.blocks import BlockPool, BlockTable, Chain
+from pyllama_dist.engine.sequence import Sequence, State
+from pyllama_dist.program import Batch
+
+_UNIT = 16  # rows that the kernels take together, and positions of a page
+_BESIDE = 64  # rows of prompts in a step in which others decode
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows for the nodes, and whose logits come back."""
+
+    tokens: Tokens[int]
+    batch: Batch
+    rows: Tokens[tuple[Sequence, int]]  # of each sequence so many, in this order
+    logits: Tokens[Sequence]  # whose row each wanted row of logits is
+
+
+class Scheduler:
+    """Sequences that wait or run, and the blocks that they share."""
+
+    def __init__(self, pool: BlockPool, *, n_seqs: int, max_rows: int, max_logits: int) -> None:
+        """A scheduler without sequences.
+
+        Args:
+            pool: the blocks of the KV cache.
+            n_seqs: rows of the block table: sequences that run at once.
+            max_rows: of a step.
+            max_logits: of a step.
+        """
+        self.pool = pool
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []  # both in the order of arrival
+        self._table = BlockTable(n_seqs)
+        self._rows = list(reversed(range(n_seqs)))
+        self._max_rows, self._max_logits = max_rows, max_logits
+        self._unit = _UNIT if max_rows >= 2 * _UNIT else 1
+        # Those that decode leave room for a prompt, and for its logits.
+        self._most = max(1, min(n_seqs, max_rows - self._unit + 1, max_logits))
+
+    def add(self, sequence: Sequence) -> None:
+        """Lets a sequence wait; alone it must fit the pool."""
+        insort(self.waiting, sequence, key=_arrival)
+
+    def end(self, sequence: Sequence) -> None:
+        """Takes a sequence out, whatever its state; its blocks stay as cache."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is not State.DONE:
+            self._stop(sequence)
+        sequence.state = State.DONE
+
+    def plan(self) -> Step | None:
+        """The next step, for which everything is reserved; None if there is nothing to compute.
+
+        `settle` must follow when it has run.
+        """
+        parts = [(sequence, 1) for sequence in self._decodes()]
+        rows = sum(count for _, count in parts)
+        budget = min(self._max_rows - rows, _BESIDE if rows else self._max_rows)
+        parts += self._prefills(budget, self._max_logits - rows)
+        return self._step(parts) if parts else None
+
+    def settle(self) -> None:
+        """The planned step has run."""
+        self.pool.settle()
+
+    def _decodes(self) -> list[Sequence]:
+        chosen: list[Sequence] = []
+        for sequence in self.running[:]:
+            while sequence.state is State.DECODE:
+                if self.pool.reserve(sequence.chain, len(sequence.tokens)):
+                    self._write(sequence, 1)
+                    chosen.append(sequence)
+                    break
+                self._preempt(chosen)
+        return chosen
+
+    def _preempt(self, chosen: Tokens[Sequence]) -> None:
+        """Stops the newest sequence that is not in the step yet."""
+        newest = next(s for s in reversed(self.running) if s not in chosen)
+        self._stop(newest)
+        newest.state = State.WAITING
+        newest.timings.preemptions += 1
+        self.add(newest)
+
+    def _prefills(self, budget: int, logits: int) -> list[tuple[Sequence, int]]:
+        parts = []
+        for sequence in [s for s in self.running if s.state is State.PREFILL] + self.waiting[:]:
+            if budget < min(self._unit, sequence.remaining) or logits < 1:
+                break
+            if sequence.state is State.WAITING and not self._start(sequence):
+                break
+            count, most = sequence.remaining, budget
+            if sequence.request.prompt_logits:
+                count = most = min(logits, budget, sequence.remaining)
+            if count > most:
+                count = most // self._unit * self._unit
+            whole = count == sequence.remaining
+            self._write(sequence, count)
+            parts.append((sequence, count))
+            budget -= count
+            logits -= count if sequence.request.prompt_logits else whole
+            if not whole:
+                break
+            sequence.state = State.DECODE
+        return parts
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Gives a sequence a row and blocks for all its tokens, if there are any."""
+        if len(self.running) >= self._most:
+            return False
+        pool, tokens = self.pool, sequence.tokens
+        # The last token is always computed: its logits are what is needed.
+        chain = Chain() if sequence.request.prompt_logits else pool.match(tokens[:-1])
+        # Each one that runs may soon need a block more.
+        spare = pool.available - pool.needed(chain, len(tokens)) - len(self.running)
+        if spare < 0 or not pool.reserve(chain, len(tokens)):
+            pool.release(chain)
+            return False
+        if not sequence.timings.computed_tokens:
+            sequence.timings.cached_tokens = chain.length
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_arrival)
+        sequence.chain, sequence.row, sequence.state = chain, self._rows.pop(), State.PREFILL
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence.chain)
+        self._rows.append(sequence.row)
+        sequence.row = -1
+
+    def _write(self, sequence: Sequence, count: int) -> None:
+        start = sequence.chain.length
+        self.pool.write(sequence.chain, sequence.tokens[start : start + count])
+        sequence.timings.computed_tokens += count
+
+    def _step(self, parts: Tokens[tuple[Sequence, int]]) -> Step:
+        tokens: list[int] = []
+        seqs: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        whose: list[Sequence] = []
+        table: list[tuple[int, int, int]] = []
+        for sequence, count in parts:
+            end = sequence.chain.length
+            tokens += sequence.tokens[end - count : end]
+            seqs += [sequence.row] * count
+            positions += range(end - count, end)
+            table += self._table.changes(sequence.row, sequence.chain)
+            last = count if sequence.request.prompt_logits else int(not sequence.remaining)
+            wanted += range(len(tokens) - last, len(tokens))
+            whose += [sequence] * last
+        batch = Batch(
+            tuple(seqs), tuple(positions), tuple(wanted), tuple(table), tuple(self.pool.copies)
+        )
+        return Step(tokens, batch, parts, whose)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.number

@@ -1,0 +1,74 @@
+"""What a client holds of a generation: tokens as they come, from any thread."""
+
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from pyllama_dist.engine.sampler import F32, TokenLogprobs
+from pyllama_dist.engine.sequence import Finish, Sequence, Timings
+
+
+class Stream:
+    """Tokens without the one that ends them; then `finish_reason` says why they ended.
+
+    Whoever does not read it to its end cancels it, or leaves its context.
+
+    Attributes:
+        timings: what it has cost so far.
+        finish_reason: valid after the last token.
+        logprobs: of each token that was read, if they were asked for.
+        prompt_logits: [vocab] float32 of each token of the prompt, if they were asked for.
+    """
+
+    def __init__(self, sequence: Sequence, cancel: Callable[[Sequence], None]) -> None:
+        """A stream that the engine fills through `put`; `cancel` tells it to stop."""
+        self.timings: Timings = sequence.timings
+        self.finish_reason: Finish = "interrupted"
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logits: list[F32] = []
+        self._sequence, self._cancel = sequence, cancel
+        self._queue: SimpleQueue[int | TokenLogprobs | F32 | Finish | BaseException] = SimpleQueue()
+        self.put = self._queue.put
+        self._ended = False
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        """The next token; waits for it.
+
+        Raises:
+            PyllamaError: the engine or this generation failed.
+        """
+        while not self._ended:
+            match self._queue.get():
+                case int() as token:
+                    return token
+                case TokenLogprobs() as logprobs:
+                    self.logprobs.append(logprobs)
+                    return logprobs.token
+                case str() as finish:
+                    self._ended, self.finish_reason = True, finish
+                case BaseException() as error:
+                    self._ended = True
+                    raise error
+                case logits:
+                    self.prompt_logits.append(logits)
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """Ends the generation after the step that is running; tokens until then still come."""
+        self._cancel(self._sequence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._ended:
+            self.cancel()
