@@ -1,16 +1,14 @@
 """The checkpoint's own tokenizer, through the tokenizers library."""
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import one_line, read_json
+from pyllama_dist.text.added_tokens import AddedToken, Finder
 from pyllama_dist.text.detokenize import DetokenizeStream
-from pyllama_dist.text.special import MARK, Rendered, well_formed
+from pyllama_dist.text.special import SIGN, Rendered, unmarked, well_formed
 from pyllama_dist.text.vocabulary import LibraryVocabulary, Vocabulary
 
 TOKENIZER_LIMIT = 256 << 20  # bytes; GLM's file has 20 MB
@@ -18,15 +16,7 @@ CONFIG_LIMIT = 1 << 20  # bytes
 MAX_ID = 1 << 24  # no vocabulary comes near
 STOP_STRINGS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 PREFIX_STRINGS = ("[gMASK]", "<sop>")
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token outside the BPE vocabulary; only a special one is hidden when decoding."""
-
-    id: int
-    text: str
-    special: bool
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 class Tokenizer:
@@ -54,9 +44,12 @@ class Tokenizer:
         self._texts = {token.id: text for text, token in self.added.items()}
         self._hidden = self.eos_ids | {token.id for token in self.added.values() if token.special}
         self.vocab_size = max(vocabulary.size, 1 + max(self._texts, default=-1))
-        # Longest first, as the library does: `<|user|>` before a token that begins it.
-        texts = sorted(self.added, key=len, reverse=True)
-        self._split = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+        normalized = {text: token for text, token in self.added.items() if token.normalized}
+        self._raw = Finder({text: t for text, t in self.added.items() if not t.normalized})
+        self._to_sign = Finder(normalized)
+        self._signed = Finder(
+            {vocabulary.normalize(SIGN + text): token for text, token in normalized.items()}
+        )
 
     @classmethod
     def open(cls, model_dir: Path) -> "Tokenizer":
@@ -67,7 +60,7 @@ class Tokenizer:
             FileError: a file is damaged, or tokenizer.json is missing.
         """
         try:
-            from tokenizers import Tokenizer as Library
+            import tokenizers  # noqa: F401
         except ImportError:
             raise UsageError(
                 "text needs the tokenizers library; install pyllama-dist[root]"
@@ -81,22 +74,16 @@ class Tokenizer:
             )
         added = _added_tokens(fields.get("added_tokens"), path)
         try:
-            plain = {
-                **fields,
-                "model": _without(model, {token.text for token in added}),
-                "added_tokens": [],
-                "post_processor": None,
-                "truncation": None,  # saved by training scripts; it would cut prompts
-                "padding": None,
-            }
-            library = Library.from_str(json.dumps(plain))
+            vocabulary = LibraryVocabulary(
+                {**fields, "model": _without(model, {token.text for token in added})}
+            )
         except Exception as error:  # the library raises bare Exception
             raise FileError(
                 f"{path} is not a tokenizer that the tokenizers library reads: {one_line(error)}; "
                 "copy it again from the checkpoint"
             ) from None
         for token in added:
-            if library.id_to_token(token.id) not in (None, token.text):
+            if vocabulary.name(token.id) not in (None, token.text):
                 raise FileError(
                     f"{path} gives id {token.id} to {token.text!r} and to another token; "
                     "copy it again from the checkpoint"
@@ -105,7 +92,6 @@ class Tokenizer:
         eos_ids = _eos_ids(model_dir / "generation_config.json")
         if eos_ids is None:
             eos_ids = [ids[text] for text in STOP_STRINGS if text in ids]
-        vocabulary = LibraryVocabulary(library, _decoders(fields.get("decoder")))
         return cls(vocabulary, added, eos_ids, _prefix(fields.get("post_processor"), ids))
 
     def encode(self, text: str) -> list[int]:
@@ -113,7 +99,7 @@ class Tokenizer:
 
         Lone surrogates are encoded as U+FFFD.
         """
-        return self._vocabulary.encode(well_formed(text))
+        return self._vocabulary.encode(self._vocabulary.normalize(well_formed(text)), True)
 
     def encode_template(self, rendered: Rendered) -> list[int]:
         """Ids of a rendered conversation: what the template wrote whole is special.
@@ -121,12 +107,32 @@ class Tokenizer:
         Nothing is prepended: templates write `[gMASK]<sop>` themselves (see `special`).
         """
         ids: list[int] = []
-        end = 0
-        for match in self._split.finditer(rendered.marked):
-            ids += self.encode(rendered.marked[end : match.start()].replace(MARK, ""))
-            ids.append(self.added[match[0]].id)
-            end = match.end()
-        return ids + self.encode(rendered.marked[end:].replace(MARK, ""))
+        for part in self._raw.parts(rendered.marked):
+            if part.token is not None:
+                ids.append(part.token.id)
+            else:
+                ids += self._encode_between(part.text, part.start == 0)
+        return ids
+
+    def _encode_between(self, marked: str, first: bool) -> list[int]:
+        """Ids of text between added tokens that are not normalized.
+
+        Normalization may make an added token of what a user wrote. So those that are whole before
+        it are signed, and only with the sign are they found after it.
+        """
+        signed = "".join(
+            part.text
+            if part.token is None
+            else part.text.replace(part.token.text, SIGN + part.token.text)
+            for part in self._to_sign.parts(marked)
+        )
+        ids: list[int] = []
+        for part in self._signed.parts(self._vocabulary.normalize(signed)):
+            if part.token is not None:
+                ids.append(part.token.id)
+            else:
+                ids += self._vocabulary.encode(unmarked(part.text), first and part.start == 0)
+        return ids
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a prompt without a template: `prefix`, then `text`."""
@@ -182,14 +188,6 @@ def _without(model: dict[str, Any], added: set[str]) -> dict[str, Any]:
     }
 
 
-def _decoders(value: object) -> set[str]:
-    """The types of decoders in the `decoder` of tokenizer.json."""
-    if not isinstance(value, dict):
-        return set()
-    parts = value.get("decoders") or []
-    return {str(value.get("type"))}.union(*map(_decoders, parts))
-
-
 def _prefix(post_processor: object, ids: Mapping[str, int]) -> list[int]:
     """What begins a plain prompt: what the post-processor puts first, else GLM's prefix.
 
@@ -226,7 +224,8 @@ def _added_tokens(value: object, path: Path) -> list[AddedToken]:
         match entry:
             case {"id": int(id), "content": str(text), **rest} if 0 <= id < MAX_ID:
                 if text:
-                    tokens.append(AddedToken(id, text, rest.get("special") is True))
+                    flags = {flag: rest.get(flag) is True for flag in _FLAGS}
+                    tokens.append(AddedToken(id, text, **flags))
             case _:
                 raise FileError(
                     f"{path}: added_tokens[{number}] has no id below {MAX_ID} with its content; "
