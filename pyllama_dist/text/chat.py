@@ -34,7 +34,9 @@ class ChatTemplate:
         self._named = named
         thinking = {OPEN, CLOSE}
         added = tokenizer.added.values()
-        self._break_all = Breaker({token.text for token in added} | thinking)
+        texts = {token.text for token in added} | thinking
+        self._break_all = Breaker(texts)
+        self._break_but_switches = Breaker({text for text in texts if not _is_switch(text)})
         self._break_roles = Breaker({token.text for token in added if token.special} - thinking)
 
     @classmethod
@@ -70,8 +72,9 @@ class ChatTemplate:
         the arguments of a tool call as an object.
 
         Special strings in what the caller gives are text (see `special`): all of them in what
-        users, systems and tools wrote. What an assistant wrote keeps `<think>...</think>`, which
-        templates cut out of the history, but cannot speak as another role.
+        tools wrote. What an assistant wrote keeps `<think>...</think>`, which templates cut out of
+        the history, but cannot speak as another role. Users and systems may switch thinking off
+        with a word that is a token: the `/nothink` of GLM-4.5.
 
         Args:
             messages: the conversation, each message with its `role` and `content`.
@@ -98,12 +101,22 @@ class ChatTemplate:
         )
 
     def _broken(self, message: Mapping[str, object]) -> dict[str, object]:
-        own = OWN_TEXT if message.get("role") == "assistant" else ()
+        breakers: dict[str, Breaker] = {}
+        match message.get("role"):
+            case "assistant":
+                breakers = dict.fromkeys(OWN_TEXT, self._break_roles)
+            case "user" | "system":
+                breakers = {"content": self._break_but_switches}
         broken = {}
         for key, value in message.items():
-            breaker = self._break_roles if key in own else self._break_all
+            breaker = breakers.get(key, self._break_all)
             broken[self._break_all.text(key)] = breaker.value(value)
         return broken
+
+
+def _is_switch(text: str) -> bool:
+    """Whether an added token is a word that users type to choose how the model answers."""
+    return text.startswith("/") and text[1:].isalpha()
 
 
 def _as_templates_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
