@@ -529,10 +529,12 @@ def test_thoughts_of_people_are_text_where_tags_are_no_tokens(tmp_path: Path) ->
     assert prompt.text.endswith("\na</think>b")
 
 
-def test_special_tokens_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_special_tokens_by_name(library: Library, tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = {word: token.id for word, token in tokenizer.added.items()}
     config = {"bos_token_id": ids["<sop>"], "eos_token_id": [ids["<|im_end|>"], ids["<|user|>"]]}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.open(tmp_path)
     source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     template = write_template(tmp_path, source, tokenizer)
     prompt = template.render(said(("user", "<sop>")))

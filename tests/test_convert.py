@@ -257,7 +257,7 @@ def test_text_files_are_copied(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation == {"eos_token_id": [9, 0, 5, 7], "top_p": 0.5}
+    assert generation == {"eos_token_id": [9, 0, 5, 7], "pad_token_id": 0, "top_p": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_chat_template_in_the_tokenizer_config(
 
 
 def test_missing_text_files_are_reported(checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, eos_token_id=None)
+    edit_config(checkpoint, eos_token_id=None, pad_token_id=None)
     report = run(checkpoint, tmp_path / "out")
     assert report.files == ("model.m", "generation_config.json")
     assert ["tokenizer.json" in line for line in report.warnings] == [True, False, False]

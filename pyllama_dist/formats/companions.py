@@ -1,5 +1,6 @@
 """The text files beside `model.m`: tokenizer, chat template, generation config."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import read_json
 from pyllama_dist.formats import sentencepiece_file, tiktoken_file
+from pyllama_dist.text.named_tokens import FILE as NAMES_FILE
+from pyllama_dist.text.named_tokens import NAMES, named_texts
 
 
 def companion_files(
@@ -35,11 +38,29 @@ def companion_files(
         files["chat_template.jinja"] = template
     else:
         warnings.append("the checkpoint has no chat template: the model cannot chat")
+    names = _names(checkpoint_dir)
+    if names is not None:
+        files[NAMES_FILE] = as_json(names)
     generation = _generation_config(checkpoint_dir, config, stops)
     if not generation["eos_token_id"]:
         warnings.append("the checkpoint names no eos_token_id: answers do not end by themselves")
-    files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
+    files["generation_config.json"] = as_json(generation)
     return files
+
+
+def as_json(value: Mapping[str, object]) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _names(checkpoint_dir: Path) -> dict[str, str | None] | None:
+    """The special tokens that templates know by a name; None if no file names them.
+
+    What the newer file lacks, the older one tells.
+    """
+    files = [checkpoint_dir / name for name in ("special_tokens_map.json", NAMES_FILE)]
+    found = [named_texts(read_json(file)) for file in files if file.exists()]
+    return dict(itertools.chain.from_iterable(names.items() for names in found)) if found else None
 
 
 def _tokenizer(checkpoint_dir: Path) -> tuple[bytes | None, list[int]]:
@@ -89,6 +110,8 @@ def _generation_config(
     """The checkpoint's generation config, with the ids in `config.json` and `stops` that end."""
     file = checkpoint_dir / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
+    ids_by_name = {f"{name}_id": config.get(f"{name}_id") for name in NAMES}
+    generation = {key: id for key, id in ids_by_name.items() if id is not None} | generation
     eos: list[int] = []
     for name, source in ((file.name, generation), ("config.json", config)):
         ids = source.get("eos_token_id")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllama_dist.errors import UsageError
-from pyllama_dist.files import read_json, read_text
+from pyllama_dist.files import read_text
+from pyllama_dist.text.named_tokens import NAMES
 from pyllama_dist.text.special import Breaker, Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN
 from pyllama_dist.text.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from pyllama_dist.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pyllama_dist.text.sandbox import SandboxedTemplate
 
-TEMPLATE_LIMIT = CONFIG_LIMIT = 1 << 20  # bytes
+TEMPLATE_LIMIT = 1 << 20  # bytes
 OWN_TEXT = ("content", "reasoning_content")  # fields that an assistant's message wrote itself
 
 
@@ -25,13 +26,12 @@ class ChatTemplate:
         reads: names of the variables that the template reads.
     """
 
-    def __init__(
-        self, template: "SandboxedTemplate", tokenizer: Tokenizer, named: Mapping[str, str]
-    ) -> None:
-        """`named` are special tokens that templates know by a name (`bos_token`)."""
+    def __init__(self, template: "SandboxedTemplate", tokenizer: Tokenizer) -> None:
+        """`template` writes prompts for `tokenizer`."""
         self.reads = template.reads
         self._template = template
-        self._named = named
+        # A name without a token is an empty text: Llama 3's templates add `bos_token` to others.
+        self._named = {**dict.fromkeys(NAMES, ""), **tokenizer.named}
         thinking = {OPEN, CLOSE}
         added = tokenizer.added.values()
         texts = {token.text for token in added} | thinking
@@ -55,8 +55,7 @@ class ChatTemplate:
             from pyllama_dist.text.sandbox import SandboxedTemplate
         except ImportError:
             raise UsageError("chat needs the jinja2 library; install pyllama-dist[root]") from None
-        named = _named_tokens(model_dir / "generation_config.json", tokenizer)
-        return cls(SandboxedTemplate(source, str(path)), tokenizer, named)
+        return cls(SandboxedTemplate(source, str(path)), tokenizer)
 
     def render(
         self,
@@ -152,16 +151,3 @@ def _call(call: Any) -> Any:
                 )
             return {**call, "arguments": arguments}
     return call
-
-
-def _named_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens that generation_config.json names, by their names in templates."""
-    fields = read_json(config, CONFIG_LIMIT) if config.exists() else {}
-    texts = {token.id: token.text for token in tokenizer.added.values()}
-    named = {}
-    for name in ("bos_token", "eos_token"):
-        ids = fields.get(f"{name}_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int) and first in texts:
-            named[name] = texts[first]
-    return named

@@ -8,6 +8,8 @@ from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import one_line, read_json
 from pyllama_dist.text.added_tokens import AddedToken, Finder
 from pyllama_dist.text.detokenize import DetokenizeStream
+from pyllama_dist.text.named_tokens import FILE as NAMES_FILE
+from pyllama_dist.text.named_tokens import NAMES, named_texts
 from pyllama_dist.text.special import SIGN, Rendered, unmarked, well_formed
 from pyllama_dist.text.vocabulary import LibraryVocabulary, Vocabulary
 
@@ -26,6 +28,7 @@ class Tokenizer:
         added: the added tokens by their text (`<|user|>`, `<think>`, ...).
         eos_ids: ids that end an answer.
         prefix: ids that begin a prompt without a template.
+        named: texts of special tokens, by the names that templates have for them.
         vocab_size: one more than the highest id.
     """
 
@@ -35,11 +38,13 @@ class Tokenizer:
         added: Iterable[AddedToken],
         eos_ids: Iterable[int],
         prefix: Sequence[int] = (),
+        named: Mapping[str, str] | None = None,
     ) -> None:
         """`vocabulary` knows no added tokens."""
         self.added: Mapping[str, AddedToken] = {token.text: token for token in added}
         self.eos_ids = frozenset(eos_ids)
         self.prefix = tuple(prefix)
+        self.named = named or {}
         self._vocabulary = vocabulary
         self._texts = {token.id: text for text, token in self.added.items()}
         self._hidden = self.eos_ids | {token.id for token in self.added.values() if token.special}
@@ -53,7 +58,11 @@ class Tokenizer:
 
     @classmethod
     def open(cls, model_dir: Path) -> "Tokenizer":
-        """Reads `tokenizer.json` of a directory and, if there is one, `generation_config.json`.
+        """Reads `tokenizer.json` of a directory, and two files that need not be there.
+
+        As with transformers, `tokenizer_config.json` names the tokens of templates; a token that
+        it names is special even if it is an ordinary one of the vocabulary. Ids that end an answer
+        are those of `generation_config.json` and the `eos_token`.
 
         Raises:
             UsageError: the tokenizers library is not installed.
@@ -72,7 +81,17 @@ class Tokenizer:
             raise FileError(
                 f"{path} has no vocabulary by name, as BPE has; only such tokenizers are supported"
             )
+        generation = model_dir / "generation_config.json"
+        settings = _settings(generation)
+        names = model_dir / NAMES_FILE
+        named = named_texts(_settings(names)) if names.exists() else None
         added = _added_tokens(fields.get("added_tokens"), path)
+        known = {token.text for token in added}
+        added += [
+            AddedToken(model["vocab"][text], text, special=True)
+            for text in dict.fromkeys((named or {}).values())
+            if text and text not in known and isinstance(model["vocab"].get(text), int)
+        ]
         try:
             vocabulary = LibraryVocabulary(
                 {**fields, "model": _without(model, {token.text for token in added})}
@@ -89,10 +108,16 @@ class Tokenizer:
                     "copy it again from the checkpoint"
                 )
         ids = {token.text: token.id for token in added}
-        eos_ids = _eos_ids(model_dir / "generation_config.json")
+        eos_ids = _eos_ids(settings, generation)
         if eos_ids is None:
             eos_ids = [ids[text] for text in STOP_STRINGS if text in ids]
-        return cls(vocabulary, added, eos_ids, _prefix(fields.get("post_processor"), ids))
+        if named is None:
+            named = _named_by_id(settings, added)
+        if (eos := named.get("eos_token")) in ids:
+            eos_ids = [*eos_ids, ids[eos]]
+        prefix = _prefix(fields.get("post_processor"), ids)
+        texts = {name: text or "" for name, text in named.items()}
+        return cls(vocabulary, added, eos_ids, prefix, texts)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing in it is special and nothing is prepended.
@@ -234,14 +259,31 @@ def _added_tokens(value: object, path: Path) -> list[AddedToken]:
     return tokens
 
 
-def _eos_ids(path: Path) -> list[int] | None:
-    """`eos_token_id` of generation_config.json, None if the file or the key is not there."""
-    if not path.exists():
-        return None
-    value = read_json(path, CONFIG_LIMIT).get("eos_token_id")
+def _settings(path: Path) -> dict[str, object]:
+    """A JSON file that need not be there."""
+    return read_json(path, CONFIG_LIMIT) if path.exists() else {}
+
+
+def _eos_ids(settings: Mapping[str, object], path: Path) -> list[int] | None:
+    """`eos_token_id` of generation_config.json, None if the key is not there."""
+    value = settings.get("eos_token_id")
     if value is None:
         return None
     ids: list[Any] = value if isinstance(value, list) else [value]
     if not all(type(id) is int and 0 <= id < MAX_ID for id in ids):
         raise FileError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
     return ids
+
+
+def _named_by_id(
+    settings: Mapping[str, object], added: Iterable[AddedToken]
+) -> dict[str, str | None]:
+    """The tokens that generation_config.json names, where there is no tokenizer_config.json."""
+    texts = {token.id: token.text for token in added}
+    named: dict[str, str | None] = {}
+    for name in NAMES:
+        ids = settings.get(f"{name}_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int) and first in texts:
+            named[name] = texts[first]
+    return named
