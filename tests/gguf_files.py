@@ -237,10 +237,18 @@ def golden_tensors(variant: str) -> dict[str, np.ndarray]:
     }
 
 
-def golden_gguf(path: Path, variant: str, kind: Type, metadata: Metadata | None = None) -> Path:
-    """A golden checkpoint as GGUF; of its matrices all but the embedding are of type `kind`."""
+def golden_gguf(
+    path: Path, variant: str, kind: Type, metadata: Metadata | None = None, n_tokens: int = 0
+) -> Path:
+    """A golden checkpoint as GGUF; of its matrices all but the embedding are of type `kind`.
+
+    Embedding and head get rows of zeros for a tokenizer of `n_tokens`.
+    """
     config = json.loads((GOLDEN / variant / "config.json").read_text())
     tensors = llama_tensors(variant)
+    for name in ("token_embd.weight", "output.weight"):
+        if name in tensors and len(tensors[name]) < n_tokens:
+            tensors[name] = np.pad(tensors[name], ((0, n_tokens - len(tensors[name])), (0, 0)))
     matrices = [name for name, values in tensors.items() if is_matrix(name, values)]
 
     def add(writer: gguf.GGUFWriter) -> None:

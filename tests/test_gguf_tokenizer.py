@@ -52,7 +52,8 @@ def test_text_files_of_glm(tmp_path: Path) -> None:
     first = len(original["model"]["vocab"])
     word = {"id": first + 10, "content": "<think>", "special": False}
     original["added_tokens"].append(original["added_tokens"][0] | word)
-    source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, glm_metadata(original))
+    n_tokens = first + len(original["added_tokens"])
+    source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, glm_metadata(original), n_tokens)
     out = tmp_path / "out"
     report = run(source, out)
     assert sorted(report.files) == sorted(file.name for file in out.iterdir())

@@ -20,7 +20,7 @@ from pyllama_dist.config import Architecture, FloatType, ModelConfig, Order, Ten
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.formats import header
 from pyllama_dist.formats.checkpoint import Checkpoint
-from pyllama_dist.formats.companions import companion_files
+from pyllama_dist.formats.companions import SIDECARS, check_sidecars, companion_files
 from pyllama_dist.formats.gguf_checkpoint import GgufCheckpoint
 from pyllama_dist.formats.model_file import tensor_bytes, write_model
 from pyllama_dist.formats.replacing import replacing
@@ -97,6 +97,7 @@ def convert(
         companions = checkpoint.companions(warnings)
     else:
         companions = companion_files(checkpoint.path, checkpoint.config, warnings)
+    check_sidecars(companions, config.vocab_size, checkpoint.path, warnings)
     size = _model_bytes(config, tensors, checkpoint_dir)
 
     def data(tensor: Tensor) -> Iterator[Floats | Bytes]:
@@ -121,6 +122,10 @@ def convert(
             for name, content in companions.items():
                 stack.enter_context(replacing(out_dir / name)).write(content)
             write_model(out_dir / "model.m", config, tensors, data, count)
+        for name in SIDECARS:
+            if name not in companions and (out_dir / name).exists():
+                (out_dir / name).replace(out_dir / f"{name}.old")
+                warnings.append(f"{name} was there, of another model: it is {name}.old now")
     except OSError as error:
         raise FileError(
             f"{out_dir}: {error.strerror or error}; the model was not written, give another "

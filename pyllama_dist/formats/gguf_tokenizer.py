@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import one_line
-from pyllama_dist.formats.companions import as_json
+from pyllama_dist.formats.companions import GENERATION_FILE, as_json
 from pyllama_dist.formats.gguf_file import GgufFile
 from pyllama_dist.formats.piece_merges import piece_merges
 from pyllama_dist.text.named_tokens import FILE as NAMES_FILE
@@ -86,9 +86,7 @@ def companion_files(file: GgufFile, warnings: list[str]) -> dict[str, bytes]:
     for key, name in _SAMPLING.items():
         if file.get(f"general.sampling.{key}") is not None:
             generation[name] = file.number(f"general.sampling.{key}")
-    if not generation["eos_token_id"]:
-        warnings.append("the file names no end-of-text token: answers do not end by themselves")
-    files["generation_config.json"] = as_json(generation)
+    files[GENERATION_FILE] = as_json(generation)
     return files
 
 

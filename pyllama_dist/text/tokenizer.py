@@ -1,5 +1,6 @@
 """The checkpoint's own tokenizer, through the tokenizers library."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._texts = {token.id: text for text, token in self.added.items()}
         self._hidden = self.eos_ids | {token.id for token in self.added.values() if token.special}
+        self._n_ids = MAX_ID
         self.vocab_size = max(vocabulary.size, 1 + max(self._texts, default=-1))
         normalized = {text: token for text, token in self.added.items() if token.normalized}
         self._raw = Finder({text: t for text, t in self.added.items() if not t.normalized})
@@ -119,6 +121,36 @@ class Tokenizer:
         texts = {name: text or "" for name, text in named.items()}
         return cls(vocabulary, added, eos_ids, prefix, texts)
 
+    def fitted(self, n_ids: int) -> "Tokenizer":
+        """This tokenizer for a model of `n_ids` ids.
+
+        Checkpoints name added tokens that their model has no row for. A prompt that has one is
+        refused; nothing else ever needs them.
+
+        Raises:
+            FileError: its vocabulary goes beyond them.
+        """
+        if self._vocabulary.size > n_ids:
+            raise FileError(
+                f"the tokenizer has {self._vocabulary.size} tokens, the model {n_ids}; "
+                "they are of different checkpoints"
+            )
+        fitted = copy.copy(self)
+        fitted._n_ids = n_ids
+        known = (id for id in self._texts if id < n_ids)
+        fitted.vocab_size = max(self._vocabulary.size, 1 + max(known, default=-1))
+        return fitted
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """`ids`, each of which the model has."""
+        highest = max(ids, default=-1)
+        if highest >= self._n_ids:
+            raise FileError(
+                f"the prompt has {self._texts.get(highest)!r}, token {highest}, and the model has "
+                f"{self._n_ids}; leave it out of the chat template, or take its model"
+            )
+        return ids
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing in it is special and nothing is prepended.
 
@@ -130,6 +162,9 @@ class Tokenizer:
         """Ids of a rendered conversation: what the template wrote whole is special.
 
         Nothing is prepended: templates write `[gMASK]<sop>` themselves (see `special`).
+
+        Raises:
+            FileError: the model has no such token, see `fitted`.
         """
         ids: list[int] = []
         for part in self._raw.parts(rendered.marked):
@@ -137,7 +172,7 @@ class Tokenizer:
                 ids.append(part.token.id)
             else:
                 ids += self._encode_between(part.text, part.start == 0)
-        return ids
+        return self._known(ids)
 
     def _encode_between(self, marked: str, first: bool) -> list[int]:
         """Ids of text between added tokens that are not normalized.
@@ -160,8 +195,12 @@ class Tokenizer:
         return ids
 
     def encode_raw(self, text: str) -> list[int]:
-        """Ids of a prompt without a template: `prefix`, then `text`."""
-        return [*self.prefix, *self.encode(text)]
+        """Ids of a prompt without a template: `prefix`, then `text`.
+
+        Raises:
+            FileError: the model has no such token, see `fitted`.
+        """
+        return self._known([*self.prefix, *self.encode(text)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special and unknown ones give nothing, invalid UTF-8 gives U+FFFD."""
