@@ -94,6 +94,9 @@ class _Fields:
                 config |= self._latent(n_heads)
             case "chatglm" | "glm4" | "glm4moe":
                 rotary = self.integer("rope.dimension_count")
+                if self.arch != "chatglm" and rotary >= self._head_dim(config):
+                    # All known models turn half of a head; early converters wrote the whole one.
+                    raise self.refuse(f"rope of all {rotary} values of a head")
                 config["partial_rotary_factor"] = rotary / max(1, self._head_dim(config))
                 config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self.file.tensors
             case _:
