@@ -296,7 +296,6 @@ def test_missing_text_files_are_reported(checkpoint: Path, tmp_path: Path) -> No
         ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported, only glm, glm4"),
         ({"model_type": "chatglm"}, "kv_channels is missing"),
         ({"model_type": ["glm"]}, "model_type ['glm'] is not supported"),
-        ({"quantization_config": {"quant_method": "fp8", "a": [1]}}, "(quant_method 'fp8')"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling of type 'yarn'"),
         ({"hidden_size": 96}, "tensor model.embed_tokens.weight is [331, 64]"),
         ({"intermediate_size": 48}, "gate_up_proj.weight is [192, 64], config.json says [96, 64]"),
@@ -571,3 +570,93 @@ def test_text_files_of_another_model_do_not_stay(tmp_path: Path) -> None:
     assert (out / "chat_template.jinja.old").read_text() == "old"
     with open_model(out) as parts:
         assert parts.template is None
+
+
+# --- tensors decide how they are stored and named
+
+
+def same_model(first: Path, second: Path) -> bool:
+    return (first / "model.m").read_bytes() == (second / "model.m").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [({}, 0), (None, 0), ({"quant_method": "fp8", "a": [1]}, 1), ("?", 1)]
+)
+def test_what_config_says_of_quantization_does_not_matter(
+    tmp_path: Path, said: object, told: int
+) -> None:
+    run(write_checkpoint(tmp_path / "plain"), tmp_path / "expected")
+    source = write_checkpoint(tmp_path / "source", quantization_config=said)
+    report = run(source, tmp_path / "out")
+    assert sum("quantization_config is in config.json" in w for w in report.warnings) == told
+    assert same_model(tmp_path / "out", tmp_path / "expected")
+
+
+def rename_tensors(
+    folder: Path, rename: Callable[[str, np.ndarray], dict[str, np.ndarray]]
+) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = [rename(name, values) for name, values in tensors.items()]
+    save_file({k: v for part in renamed for k, v in part.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("stored", [np.int8, np.uint8, None])
+def test_quantized_tensors_are_refused(tmp_path: Path, stored: type | None) -> None:
+    """Those of bitsandbytes, and those of GPTQ, whose names are others."""
+
+    def quantized(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        if "down_proj" not in name:
+            return {name: values}
+        return {name: values.astype(stored)} if stored else {name[:-6] + "qweight": values}
+
+    source = write_checkpoint(tmp_path / "source", quantization_config={"quant_method": "x"})
+    rename_tensors(source, quantized)
+    message = refusal(source, tmp_path / "out")
+    assert "quantized (quant_method 'x'): use the unquantized checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("inner", "head"),
+    [
+        ("model.language_model.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+        ("", "lm_head."),
+    ],
+)
+def test_names_of_a_part_of_a_larger_model(tmp_path: Path, inner: str, head: str) -> None:
+    def renamed(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        if name.startswith("lm_head."):
+            return {head + name.removeprefix("lm_head."): values}
+        return {inner + name.removeprefix("model."): values}
+
+    run(write_checkpoint(tmp_path / "plain", "glm4"), tmp_path / "expected")
+    source = rename_tensors(write_checkpoint(tmp_path / "source", "glm4"), renamed)
+    run(source, tmp_path / "out")
+    assert same_model(tmp_path / "out", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("variant", ["glm4_moe_f32", "glm_moe_dsa_sparse_bf16"])
+def test_experts_in_one_tensor(tmp_path: Path, variant: str, fused: bool, suffix: str) -> None:
+    """As transformers 5 keeps them in memory: [experts, 2 * width, dim], gate first."""
+    run(GOLDEN / variant, tmp_path / "expected")
+    folder = Path(shutil.copytree(GOLDEN / variant, tmp_path / "source"))
+    tensors = stored_floats(folder)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        before, _, after = name.partition(".mlp.experts.")
+        number, kind, _ = after.split(".")
+        experts.setdefault(f"{before}.mlp.experts.{kind}", {})[int(number)] = tensors.pop(name)
+    stacks = {name: np.stack([parts[n] for n in sorted(parts)]) for name, parts in experts.items()}
+    for name in [name for name in stacks if name.endswith(".gate_proj") and fused]:
+        up = name.replace("gate_proj", "up_proj")
+        fused_name = name.replace("gate_proj", "gate_up_proj")
+        stacks[fused_name] = np.concatenate([stacks.pop(name), stacks.pop(up)], axis=1)
+    tensors |= {name + suffix: values for name, values in stacks.items()}
+    save_file(tensors, folder / "model.safetensors")
+    run(folder, tmp_path / "out")
+    assert same_model(tmp_path / "out", tmp_path / "expected")

@@ -91,6 +91,10 @@ def convert(
     names = checkpoint.names
     tensors = [_found(tensor, checkpoint, names) for tensor in architecture.tensors(config)]
     _check_shapes(tensors, checkpoint)
+    if checkpoint.config.get("quantization_config"):
+        warnings.append(
+            "quantization_config is in config.json, but the tensors are not quantized: ignored"
+        )
     warnings += _unused(names - {tensor.source[0] for tensor in tensors}, config.n_layers)
     if isinstance(checkpoint, GgufCheckpoint):
         warnings += [*checkpoint.notes, *_copied(tensors, checkpoint, weights)]
@@ -159,13 +163,6 @@ def _architecture(
         raise FileError(
             f"{file}: model_type {model_type!r} is not supported, only "
             f"{', '.join(architectures)}; choose another checkpoint"
-        )
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise FileError(
-            f"{file}: the checkpoint is quantized already (quant_method {method!r}); "
-            f"convert the bfloat16 one that it was made from"
         )
     return architecture
 
