@@ -22,7 +22,6 @@ for text in messages():
     print("got", repr(text), flush=True)
 print("end", flush=True)
 """
-PASTE_BEGINS, PASTE_ENDS = b"\x1b[200~", b"\x1b[201~"
 
 
 class Terminal:
@@ -30,7 +29,12 @@ class Terminal:
 
     def __init__(self, process: subprocess.Popen[bytes], fd: int) -> None:
         self.process, self._fd = process, fd
-        self._shown = b""
+        self._shown = self._all = b""
+
+    def paste(self, data: bytes) -> None:
+        """As terminals do: marked if the program has asked for it, else as if typed."""
+        asked = self._all.rfind(b"\x1b[?2004h") > self._all.rfind(b"\x1b[?2004l")
+        self.type(b"\x1b[200~" + data + b"\x1b[201~" if asked else data)
 
     def type(self, data: bytes) -> None:
         os.write(self._fd, data)
@@ -42,9 +46,11 @@ class Terminal:
             if not select.select([self._fd], [], [], max(0, deadline - time.monotonic()))[0]:
                 raise TimeoutError(f"{pattern!r} not in {self._shown!r}")
             try:
-                self._shown += os.read(self._fd, 4096)
+                data = os.read(self._fd, 4096)
             except OSError:  # the program has ended
                 raise EOFError(f"{pattern!r} not in {self._shown!r}") from None
+            self._shown += data
+            self._all += data
         shown, self._shown = self._shown[: found.end()], self._shown[found.end() :]
         return shown
 
@@ -79,7 +85,7 @@ def prompt() -> Iterator[Terminal]:
 
 
 def test_a_pasted_text_is_one_message(prompt: Terminal) -> None:
-    prompt.type(PASTE_BEGINS + b"first\rsecond\n\nlast" + PASTE_ENDS)
+    prompt.paste(b"first\rsecond\n\nlast")
     prompt.type(b"!\r")
     shown = prompt.wait_for(rb"got '[^']*'")
     assert shown.count(b"got ") == 1
@@ -112,7 +118,8 @@ def test_two_interrupts_in_a_row_leave(prompt: Terminal) -> None:
 def test_a_chat_goes_on_after_an_interrupt() -> None:
     with terminal("-m", "pyllama_dist", "root", "--temperature", "0") as chat:
         chat.wait_for(rb"> ")
-        chat.type(PASTE_BEGINS + b"What is\n2 + 2?" + PASTE_ENDS + b"\r")
+        chat.paste(b"What is\r2 + 2?")
+        chat.type(b"\r")
         chat.wait_for(rb"4")
         chat.wait_for(rb"> ")
         chat.process.send_signal(signal.SIGINT)
