@@ -39,6 +39,10 @@ class Terminal:
     def type(self, data: bytes) -> None:
         os.write(self._fd, data)
 
+    def interrupt(self) -> None:
+        time.sleep(0.3)  # Python notices no signal between showing the prompt and waiting for keys
+        self.process.send_signal(signal.SIGINT)
+
     def wait_for(self, pattern: bytes, seconds: float = 30) -> bytes:
         """What was shown up to the pattern; only what comes after it is looked at next."""
         deadline = time.monotonic() + seconds
@@ -95,8 +99,7 @@ def test_a_pasted_text_is_one_message(prompt: Terminal) -> None:
 def test_interrupts_at_the_prompt(prompt: Terminal) -> None:
     for line in (b"", b"half a li"):
         prompt.type(line)
-        time.sleep(0.1)
-        prompt.process.send_signal(signal.SIGINT)
+        prompt.interrupt()
         prompt.wait_for(rb"\^D or /exit leaves")
         prompt.wait_for(rb"> ")
         prompt.type(b"still here\r")
@@ -108,10 +111,10 @@ def test_interrupts_at_the_prompt(prompt: Terminal) -> None:
 
 
 def test_two_interrupts_in_a_row_leave(prompt: Terminal) -> None:
-    prompt.process.send_signal(signal.SIGINT)
+    prompt.interrupt()
     prompt.wait_for(rb"\^D or /exit leaves")
     prompt.wait_for(rb"> ")
-    prompt.process.send_signal(signal.SIGINT)
+    prompt.interrupt()
     assert prompt.process.wait(20) != 0
 
 
@@ -122,7 +125,7 @@ def test_a_chat_goes_on_after_an_interrupt() -> None:
         chat.type(b"\r")
         chat.wait_for(rb"4")
         chat.wait_for(rb"> ")
-        chat.process.send_signal(signal.SIGINT)
+        chat.interrupt()
         chat.wait_for(rb"\^D or /exit leaves")
         chat.wait_for(rb"> ")
         chat.type(b"What is 3 + 3?\r")
