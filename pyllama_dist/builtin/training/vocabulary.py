@@ -27,8 +27,6 @@ SPECIAL = (
     "<|assistant|>",
     "<|observation|>",
 )
-# Those that stand for themselves in an answer: they are shown.
-SHOWN = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 EOS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 # Words with the sign or space before them; single digits; runs of other signs; white space.
@@ -63,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(t, special=t not in SHOWN, normalized=False) for t in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     return tokenizer
 
 
@@ -72,12 +70,13 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        # What people write is letters, as to the engine: a mention of `<|user|>` ends nothing.
+        fields = json.loads(tokenizer.to_str()) | {"added_tokens": []}
+        self.plain = Tokenizer.from_str(json.dumps(fields))
         self.id = {token: tokenizer.token_to_id(token) for token in SPECIAL}
 
     def text(self, text: str) -> list[int]:
-        # What people write is letters, as it is to the engine: a mention of `<|user|>` ends nothing.
-        self.tokenizer.encode_special_tokens = True
-        return self.tokenizer.encode("\n" + text, add_special_tokens=False).ids
+        return self.plain.encode("\n" + text, add_special_tokens=False).ids
 
     def prompt(self, question: str, system: str | None = None) -> list[int]:
         """All that the model is given before it answers the first question."""
