@@ -8,11 +8,11 @@ from pathlib import Path
 from pyllama_dist.engine import Engine, Generation
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import read_json
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.model_dir import ModelPaths
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.sampler import Sampler, Sampling
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.special import Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN, Piece, Reply
 from pyllama_dist.text.tokenizer import Tokenizer

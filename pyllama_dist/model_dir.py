@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import find_file, find_model
-from pyllama_dist.formats.tokenizer_file import TokenizerFile
+from pyllama_dist.formats.dllama.tokenizer_file import TokenizerFile
 from pyllama_dist.text.added_tokens import AddedToken
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.scored import ScoredVocabulary
 from pyllama_dist.text.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from gguf.quants import quantize
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.checkpoint import Checkpoint
 from pyllama_dist.formats.convert import Report, convert
+from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
 from pyllama_dist.models import CHECKPOINTS
 
 GOLDEN = Path(__file__).parent / "golden"

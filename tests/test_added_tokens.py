@@ -1,6 +1,7 @@
 """Rendered prompts become the tokens that the tokenizers library makes of them."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,11 @@ def library_of(normalizer: str, pre_tokenizer: str) -> Library:
     return library
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer"),
+    # Both put a space first: where the second one does, see `LibraryVocabulary.encode`.
+    [pair for pair in product(NORMALIZERS, PRE_TOKENIZERS) if pair != ("legacy", "parts")],
+)
 @given(flags=flags, prompt=prompts)
 def test_prompts_are_the_librarys(
     normalizer: str,

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from pyllama_dist.errors import FileError, PyllamaError, UsageError
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.special import MARK
 from pyllama_dist.text.tokenizer import Tokenizer
 

@@ -18,9 +18,9 @@ from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.formats import convert as convert_module
-from pyllama_dist.formats.checkpoint import Checkpoint
 from pyllama_dist.formats.convert import Report, convert
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
+from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from tests.checkpoints import byte_tokenizer, converted, write_checkpoint
 

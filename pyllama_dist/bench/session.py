@@ -10,7 +10,7 @@ from pyllama_dist.bench.report import Model, Setting
 from pyllama_dist.bench.traffic import Traffic, traffic
 from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.executor import kernels
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.program import Program
 from pyllama_dist.sizes import model_sizes
 

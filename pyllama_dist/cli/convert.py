@@ -45,7 +45,7 @@ def command(checkpoint: str, out_dir: Path, weights: str, revision: str | None) 
 
 def _source(checkpoint: str, revision: str | None) -> Path:
     """Where the checkpoint lies, once it is fetched if need be."""
-    from pyllama_dist.formats.hub import fetch_checkpoint, is_repo_name
+    from pyllama_dist.formats.huggingface.hub import fetch_checkpoint, is_repo_name
 
     if Path(checkpoint).exists() or not is_repo_name(checkpoint):
         if revision is not None:

@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from pyllama_dist.config import Architecture, FloatType, ModelConfig, Order, Tensor
 from pyllama_dist.errors import FileError, UsageError
-from pyllama_dist.formats import header
-from pyllama_dist.formats.checkpoint import Checkpoint
-from pyllama_dist.formats.companions import SIDECARS, check_sidecars, companion_files
-from pyllama_dist.formats.gguf_checkpoint import GgufCheckpoint
-from pyllama_dist.formats.model_file import tensor_bytes, write_model
-from pyllama_dist.formats.replacing import replacing
+from pyllama_dist.formats.atomic_write import atomic_write
+from pyllama_dist.formats.dllama import header
+from pyllama_dist.formats.dllama.model_file import tensor_bytes, write_model
+from pyllama_dist.formats.gguf.checkpoint import GgufCheckpoint
+from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
+from pyllama_dist.formats.huggingface.sidecar_files import sidecar_files
+from pyllama_dist.formats.sidecar_checks import SIDECARS, check_sidecars
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -98,10 +99,10 @@ def convert(
     warnings += _unused(names - {tensor.source[0] for tensor in tensors}, config.n_layers)
     if isinstance(checkpoint, GgufCheckpoint):
         warnings += [*checkpoint.notes, *_copied(tensors, checkpoint, weights)]
-        companions = checkpoint.companions(warnings)
+        sidecars = checkpoint.sidecars(warnings)
     else:
-        companions = companion_files(checkpoint.path, checkpoint.config, warnings)
-    check_sidecars(companions, config.vocab_size, checkpoint.path, warnings)
+        sidecars = sidecar_files(checkpoint.path, checkpoint.config, warnings)
+    check_sidecars(sidecars, config.vocab_size, checkpoint.path, warnings)
     size = _model_bytes(config, tensors, checkpoint_dir)
 
     def data(tensor: Tensor) -> Iterator[Floats | Bytes]:
@@ -123,11 +124,11 @@ def convert(
                 f"free some space or write elsewhere"
             )
         with ExitStack() as stack:
-            for name, content in companions.items():
-                stack.enter_context(replacing(out_dir / name)).write(content)
+            for name, content in sidecars.items():
+                stack.enter_context(atomic_write(out_dir / name)).write(content)
             write_model(out_dir / "model.m", config, tensors, data, count)
         for name in SIDECARS:
-            if name not in companions and (out_dir / name).exists():
+            if name not in sidecars and (out_dir / name).exists():
                 (out_dir / name).replace(out_dir / f"{name}.old")
                 warnings.append(f"{name} was there, of another model: it is {name}.old now")
     except OSError as error:
@@ -137,7 +138,7 @@ def convert(
         ) from error
     return Report(
         config=config,
-        files=("model.m", *companions),
+        files=("model.m", *sidecars),
         n_tensors=len(tensors),
         checkpoint_bytes=checkpoint.size,
         model_bytes=size,

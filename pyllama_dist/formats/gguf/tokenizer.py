@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import one_line
-from pyllama_dist.formats.companions import GENERATION_FILE, as_json
-from pyllama_dist.formats.gguf_file import GgufFile
+from pyllama_dist.formats.gguf.file import GgufFile
 from pyllama_dist.formats.piece_merges import piece_merges
+from pyllama_dist.formats.sidecar_checks import GENERATION_FILE, as_json
 from pyllama_dist.text.named_tokens import FILE as NAMES_FILE
 from pyllama_dist.text.tokenizer import MAX_ID
 
@@ -52,7 +52,7 @@ _NAMED = {
 _SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k"}
 
 
-def companion_files(file: GgufFile, warnings: list[str]) -> dict[str, bytes]:
+def sidecar_files(file: GgufFile, warnings: list[str]) -> dict[str, bytes]:
     """`tokenizer.json`, `chat_template.jinja` and `generation_config.json`, by name.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.gguf_file import GgufFile
+from pyllama_dist.formats.gguf.file import GgufFile
 
 # llama.cpp's name of an architecture, and Hugging Face's `model_type`.
 MODEL_TYPES = {
