@@ -1,6 +1,6 @@
 """Converts a checkpoint of Hugging Face, or one in a GGUF file, to a model directory.
 
-The directory holds `model.m`, `tokenizer.json`, `chat_template.jinja` and `generation_config.json`.
+The directory holds `model.m` and the text files of `sidecar_checks.SIDECARS`.
 Everything is checked before the first byte is written, and the files appear at the end, together.
 """
 
@@ -73,7 +73,8 @@ def convert(
 
     Args:
         checkpoint_dir: holds `config.json` and safetensors; or a GGUF file.
-        out_dir: made if it is not there; files in it are replaced at the end.
+        out_dir: made if it is not there; files in it are replaced at the end, text files that the
+            checkpoint does not have are moved aside.
         weights: number format of the matrices.
         architectures: those that can be converted, by `model_type`.
         progress: is told the bytes of `model.m` written so far, and its size.
