@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-# White space of Unicode; Python counts the separators of ASCII as well.
-_SPACE = r"[^\S\x1c-\x1f]*"
-_LEFT_SPACE, _RIGHT_SPACE = re.compile(rf"{_SPACE}\Z"), re.compile(_SPACE)
-_WORD_BEFORE, _WORD_AFTER = re.compile(r"\w\Z"), re.compile(r"\w")
+# White space as Unicode has it; Python counts the separators of ASCII as well.
+_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+_SPACES = frozenset(_SPACE)
+_WORD = re.compile(r"\w")
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,18 @@ class Finder:
         done = 0
         for match in self._any.finditer(text):
             token, (start, stop) = self._tokens[match[0]], match.span()
-            if token.single_word and (
-                _WORD_BEFORE.search(text, 0, start) or _WORD_AFTER.match(text, stop)
+            if token.single_word and any(
+                map(_WORD.match, (text[start - 1 : start], text[stop : stop + 1]))
             ):
                 continue
             if token.lstrip:
-                start -= _trailing_space(text, done, start)
-            if token.rstrip and (space := _RIGHT_SPACE.match(text, stop)):
-                stop = space.end()
+                start = done + len(text[done:start].rstrip(_SPACE))
+            if token.rstrip:
+                while text[stop : stop + 1] in _SPACES:
+                    stop += 1
             if done < start:
                 yield Found(done, text[done:start], None)
             yield Found(start, text[start:stop], token)
             done = stop
         if done < len(text):
             yield Found(done, text[done:], None)
-
-
-def _trailing_space(text: str, start: int, stop: int) -> int:
-    """Characters of white space at the end of `text[start:stop]`."""
-    space = _LEFT_SPACE.search(text, start, stop)
-    return space.end() - space.start() if space else 0
