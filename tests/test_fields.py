@@ -70,6 +70,9 @@ def test_what_changes_nothing_is_taken(model_type: str, fields: dict[str, Any]) 
             "layer_types has 'sliding_attention'",
         ),
         ("glm_moe_dsa", DSA | {"indexer_rope_interleave": False}, "indexer_rope_interleave is F"),
+        ("glm_moe_dsa", DSA | {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("glm_moe_dsa", DSA | {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("glm_moe_dsa", DSA | {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         (
             "llama",
             {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 1e5}}},

@@ -164,6 +164,13 @@ def latent_config(f: Fields, weights: FloatType, experts: Experts) -> ModelConfi
 
 def glm_experts(f: Fields, dense_layers: int) -> Experts:
     """Fields of GLM's mixture of experts; `dense_layers` where the file does not say."""
+    f.refuse(
+        {
+            "scoring_func": (None, "sigmoid"),
+            "topk_method": (None, "noaux_tc"),
+            "moe_layer_freq": (None, 1),
+        }
+    )
     ffn_dim = f.integer("moe_intermediate_size")
     if f.has("first_k_dense_replace"):
         dense_layers = f.integer("first_k_dense_replace", 1024, low=0)
