@@ -87,10 +87,7 @@ def _sound_generation(
         if value is None or (number and low <= value <= high):
             continue
         del sound[key]
-        warnings.append(
-            f"{key} in {GENERATION_FILE} is {value!r}, not a number from {low:g} to {high:g}: "
-            f"left out"
-        )
+        warnings.append(f"{key} in {GENERATION_FILE} is {value!r}, which cannot be: left out")
     eos = [id for id in _ids(generation["eos_token_id"]) if 0 <= id < vocab_size]
     if lost := [id for id in _ids(generation["eos_token_id"]) if id not in eos]:
         warnings.append(
