@@ -17,7 +17,7 @@ from pyllama_dist.engine.engine import Engine
 from pyllama_dist.engine.sampler import Sampler, Sampling
 from pyllama_dist.engine.sequence import Request
 from pyllama_dist.engine.stream import Stream
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES
 
 SEQUENCES = 16

@@ -11,15 +11,14 @@ from pyllama_dist.engine.sequence import Request
 from pyllama_dist.engine.stream import Stream
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import read_json
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.model_dir import ModelPaths
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.special import Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN, Piece, Reply
 from pyllama_dist.text.tokenizer import Tokenizer
 
-DEFAULT = Sampling()
 Message = dict[str, object]  # role and content
 
 
@@ -31,15 +30,32 @@ class ModelParts:
     file: ModelFile
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    defaults: Sampling  # what its generation_config.json asks for
+    generation: Path  # generation_config.json, which need not be there
+    defaults: Mapping[str, float]  # of `Sampling`, that the file asks for
 
     def sampling(self, temperature: float | None, topp: float | None, seed: int | None) -> Sampling:
-        """The model's sampling, with what the user gave instead."""
-        return Sampling(
-            self.defaults.temperature if temperature is None else temperature,
-            self.defaults.topp if topp is None else topp,
-            seed,
-        )
+        """The model's sampling, with what the user gave instead.
+
+        Raises:
+            UsageError: what the user gave cannot be.
+            FileError: what the model asks for cannot be, and the user gave nothing instead.
+        """
+        usual = Sampling()
+
+        def chosen(defaults: Mapping[str, float]) -> Sampling:
+            default_temperature = defaults.get("temperature", usual.temperature)
+            default_topp = defaults.get("topp", usual.topp)
+            return Sampling(
+                default_temperature if temperature is None else temperature,
+                default_topp if topp is None else topp,
+                seed,
+            )
+
+        chosen({})  # so that the user's mistakes are the user's
+        try:
+            return chosen(self.defaults)
+        except UsageError as error:
+            raise FileError(f"{self.generation}: {error}; mend or remove them there") from None
 
 
 @contextmanager
@@ -53,28 +69,21 @@ def open_model(model: Path, tokenizer_path: Path | None = None) -> Iterator[Mode
     paths = ModelPaths.find(model, tokenizer_path)
     with ModelFile.open(paths.model, ARCHITECTURES) as file:
         tokenizer, template = paths.text()
-        config = paths.directory / "generation_config.json"
+        generation = paths.directory / "generation_config.json"
+        defaults = _defaults(read_json(generation)) if generation.exists() else {}
         try:
-            defaults = _defaults(read_json(config)) if config.exists() else DEFAULT
-        except (UsageError, OverflowError) as error:
-            raise FileError(f"{config}: {error}; mend or remove them there") from None
-        if tokenizer.vocab_size > file.config.vocab_size:
-            raise FileError(
-                f"{paths.tokenizer} has {tokenizer.vocab_size} tokens, {paths.model} "
-                f"{file.config.vocab_size}; they are of different checkpoints"
-            )
-        yield ModelParts(paths.name, file, tokenizer, template, defaults)
+            tokenizer = tokenizer.fitted(file.config.vocab_size)
+        except FileError as error:
+            raise FileError(f"{paths.tokenizer} for {paths.model}: {error}") from None
+        yield ModelParts(paths.name, file, tokenizer, template, generation, defaults)
 
 
-def _defaults(config: dict[str, object]) -> Sampling:
+def _defaults(config: Mapping[str, object]) -> dict[str, float]:
     """Sampling as Hugging Face's generation_config.json says it."""
     if config.get("do_sample") is False:
-        return Sampling(temperature=0.0)
-    temperature, topp = config.get("temperature"), config.get("top_p")
-    return Sampling(
-        float(temperature) if isinstance(temperature, int | float) else DEFAULT.temperature,
-        float(topp) if isinstance(topp, int | float) else DEFAULT.topp,
-    )
+        return {"temperature": 0.0}
+    said = {"temperature": config.get("temperature"), "topp": config.get("top_p")}
+    return {name: value for name, value in said.items() if isinstance(value, int | float)}
 
 
 class Answer:

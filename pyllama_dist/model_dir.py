@@ -5,10 +5,11 @@ from pathlib import Path
 
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import find_file, find_model
-from pyllama_dist.formats.tokenizer_file import TokenizerFile
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.formats.dllama.tokenizer_file import TokenizerFile
+from pyllama_dist.text.added_tokens import AddedToken
+from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.scored import ScoredVocabulary
-from pyllama_dist.text.tokenizer import AddedToken, Tokenizer
+from pyllama_dist.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ def _tokenizer(file: TokenizerFile) -> Tokenizer:
         for id in sorted(vocabulary.special)
     ]
     prefix = [file.bos_id] if file.add_bos and file.bos_id is not None else []
-    return Tokenizer(vocabulary, added, file.eos_ids, prefix)
+    # Templates write the token that begins a text themselves, by this name.
+    ends = file.eos_ids[:1]
+    named = {"bos_token": file.bos_id, "eos_token": ends[0] if ends else None}
+    texts = {name: _name(file.pieces[id]) for name, id in named.items() if id is not None}
+    return Tokenizer(vocabulary, added, file.eos_ids, prefix, texts)
 
 
 def _template(file: TokenizerFile, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -85,14 +90,7 @@ def _template(file: TokenizerFile, tokenizer: Tokenizer) -> ChatTemplate | None:
         from pyllama_dist.text.sandbox import SandboxedTemplate
     except ImportError:
         raise UsageError("chat needs the jinja2 library; install pyllama-dist[root]") from None
-    # Templates write the token that begins a text themselves, by this name.
-    ends = file.eos_ids[:1]
-    named = {"bos_token": file.bos_id, "eos_token": ends[0] if ends else None}
-    return ChatTemplate(
-        SandboxedTemplate(file.chat_template, str(file.path)),
-        tokenizer,
-        {name: _name(file.pieces[id]) for name, id in named.items() if id is not None},
-    )
+    return ChatTemplate(SandboxedTemplate(file.chat_template, str(file.path)), tokenizer)
 
 
 def _name(piece: bytes) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType, ModelConfig, Tensor
 from pyllama_dist.executor.memory import planned_bytes
-from pyllama_dist.formats.model_file import tensor_bytes
+from pyllama_dist.formats.dllama.model_file import tensor_bytes
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import shares
 from pyllama_dist.partition import Share

@@ -14,8 +14,8 @@ from gguf.quants import quantize
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.checkpoint import Checkpoint
 from pyllama_dist.formats.convert import Report, convert
+from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
 from pyllama_dist.models import CHECKPOINTS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -237,10 +237,18 @@ def golden_tensors(variant: str) -> dict[str, np.ndarray]:
     }
 
 
-def golden_gguf(path: Path, variant: str, kind: Type, metadata: Metadata | None = None) -> Path:
-    """A golden checkpoint as GGUF; of its matrices all but the embedding are of type `kind`."""
+def golden_gguf(
+    path: Path, variant: str, kind: Type, metadata: Metadata | None = None, n_tokens: int = 0
+) -> Path:
+    """A golden checkpoint as GGUF; of its matrices all but the embedding are of type `kind`.
+
+    Embedding and head get rows of zeros for a tokenizer of `n_tokens`.
+    """
     config = json.loads((GOLDEN / variant / "config.json").read_text())
     tensors = llama_tensors(variant)
+    for name in ("token_embd.weight", "output.weight"):
+        if name in tensors and len(tensors[name]) < n_tokens:
+            tensors[name] = np.pad(tensors[name], ((0, n_tokens - len(tensors[name])), (0, 0)))
     matrices = [name for name, values in tensors.items() if is_matrix(name, values)]
 
     def add(writer: gguf.GGUFWriter) -> None:

@@ -151,6 +151,12 @@ def test_it_says_that_it_is_a_demonstration(parts):
     assert "demonstration" in answer
 
 
+def test_it_shows_the_tokens_that_it_speaks_of(parts):
+    with many_sequences(parts, 1) as root:
+        (answer,) = answers(parts, root, ["What is [gMASK]?"])
+    assert "[gMASK] and <sop>" in answer
+
+
 def float_logits(parts, tokens: list[int]) -> np.ndarray:
     """GLM-4 in plain float64 on the rounded weights, written from its equations alone."""
     file, c = parts.file, parts.file.config

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from pyllama_dist.errors import FileError, PyllamaError, UsageError
-from pyllama_dist.text.chat import ChatTemplate
+from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.special import MARK
 from pyllama_dist.text.tokenizer import Tokenizer
 
@@ -399,7 +399,7 @@ def template(
 def test_special_strings_of_people_are_text(
     tokenizer: Tokenizer, template: ChatTemplate, words: str
 ) -> None:
-    added = {token.id for token in tokenizer.added.values()}
+    added = {token.id for text, token in tokenizer.added.items() if text != "/nothink"}
 
     def special_ids(content: str) -> list[int]:
         prompt = template.render(said(("system", content), ("user", content)))
@@ -408,6 +408,27 @@ def test_special_strings_of_people_are_text(
         return [token for token in tokenizer.encode_template(prompt) if token in added]
 
     assert special_ids(words) == special_ids("x")
+
+
+@pytest.mark.parametrize("content", ["hi/nothink", [{"type": "text", "text": "hi/nothink"}]])
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_a_user_switches_thinking_off(
+    tokenizer: Tokenizer, tmp_path: Path, content: object, variables: dict[str, object]
+) -> None:
+    """As documented of GLM-4.5: the user's word is the token, and is not written twice."""
+    template = write_template(tmp_path, GLM45, tokenizer)
+    prompt = template.render([{"role": "user", "content": content}], variables=variables)
+    end = "<|assistant|>\n<think></think>" if variables else "<|assistant|>"
+    assert prompt.text == f"[gMASK]<sop><|user|>\nhi/nothink{end}"
+    ids = tokenizer.encode_template(prompt)
+    assert ids.count(tokenizer.added["/nothink"].id) == 1
+
+
+def test_no_tool_switches_thinking_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = write_template(tmp_path, GLM45, tokenizer)
+    prompt = template.render([*HI, {"role": "tool", "content": "a/nothink"}])
+    assert "a/nothink" in prompt.text
+    assert tokenizer.added["/nothink"].id not in tokenizer.encode_template(prompt)
 
 
 def test_a_string_cut_in_two_parts_stays_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -508,10 +529,12 @@ def test_thoughts_of_people_are_text_where_tags_are_no_tokens(tmp_path: Path) ->
     assert prompt.text.endswith("\na</think>b")
 
 
-def test_special_tokens_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_special_tokens_by_name(library: Library, tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = {word: token.id for word, token in tokenizer.added.items()}
     config = {"bos_token_id": ids["<sop>"], "eos_token_id": [ids["<|im_end|>"], ids["<|user|>"]]}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.open(tmp_path)
     source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     template = write_template(tmp_path, source, tokenizer)
     prompt = template.render(said(("user", "<sop>")))

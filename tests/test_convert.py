@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken
 
+from pyllama_dist.chat import open_model
+from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.formats import convert as convert_module
-from pyllama_dist.formats.checkpoint import Checkpoint
 from pyllama_dist.formats.convert import Report, convert
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
+from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
+from tests.checkpoints import byte_tokenizer, converted, write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -248,8 +252,8 @@ def test_parts_that_do_not_make_up_the_whole_are_refused(
 
 def test_text_files_are_copied(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (checkpoint / "tokenizer.json").write_text('{"model": "é"}')
-    (checkpoint / "chat_template.jinja").write_bytes(b"{{ \xff }}\r\n")
+    (checkpoint / "tokenizer.json").write_text(byte_tokenizer().to_str() + "\n\n")
+    (checkpoint / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 9, "top_p": 0.5}')
     report = run(checkpoint, out)
     assert report.warnings == ()
@@ -257,7 +261,7 @@ def test_text_files_are_copied(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation == {"eos_token_id": [9, 0, 5, 7], "top_p": 0.5}
+    assert generation == {"eos_token_id": [9, 0, 5, 7], "pad_token_id": 0, "top_p": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_chat_template_in_the_tokenizer_config(
 
 
 def test_missing_text_files_are_reported(checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, eos_token_id=None)
+    edit_config(checkpoint, eos_token_id=None, pad_token_id=None)
     report = run(checkpoint, tmp_path / "out")
     assert report.files == ("model.m", "generation_config.json")
     assert ["tokenizer.json" in line for line in report.warnings] == [True, False, False]
@@ -292,7 +296,6 @@ def test_missing_text_files_are_reported(checkpoint: Path, tmp_path: Path) -> No
         ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported, only glm, glm4"),
         ({"model_type": "chatglm"}, "kv_channels is missing"),
         ({"model_type": ["glm"]}, "model_type ['glm'] is not supported"),
-        ({"quantization_config": {"quant_method": "fp8", "a": [1]}}, "(quant_method 'fp8')"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling of type 'yarn'"),
         ({"hidden_size": 96}, "tensor model.embed_tokens.weight is [331, 64]"),
         ({"intermediate_size": 48}, "gate_up_proj.weight is [192, 64], config.json says [96, 64]"),
@@ -466,3 +469,194 @@ def test_unwritable_directory_is_refused(tmp_path: Path) -> None:
 def test_checkpoint_is_not_overwritten(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="the checkpoint's own directory"):
         run(checkpoint, checkpoint / ".." / "checkpoint")
+
+
+# --- text files are checked before the model is written
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", LFS, "git lfs pull"),
+        ("chat_template.jinja", LFS, "git lfs pull"),
+        ("tokenizer.json", b'{"model": "x"}', "no vocabulary"),
+        ("tokenizer.json", b"<!DOCTYPE html>", "damaged"),
+        ("chat_template.jinja", "{{ 1 }}".encode("utf-16"), "not UTF-8"),
+        ("chat_template.jinja", b"{% for %}", "line 1"),
+        ("tokenizer_config.json", b"{", "damaged"),
+        ("generation_config.json", LFS, "damaged"),
+    ],
+)
+def test_damaged_text_files_are_refused(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    source = write_checkpoint(tmp_path / "source", files={name: content})
+    with pytest.raises(FileError, match=reason) as caught:
+        converted(source, tmp_path / "out")
+    assert str(source / name) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    shutil.copy(BUILTIN / "tokenizer.json", source)
+    with pytest.raises(FileError, match="1270 tokens, the model 288; they are of different"):
+        converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "sampling"),
+    [
+        ({"temperature": float("nan")}, "temperature in generation_config.json is nan", (0.8, 0.9)),
+        ({"temperature": -1, "top_p": 0.5}, "temperature in generation", (0.8, 0.5)),
+        ({"top_p": 1.1, "temperature": 0.6}, "top_p in generation_config.json is 1.1", (0.6, 0.9)),
+        ({"top_p": "0.5"}, "top_p in generation_config.json is '0.5'", (0.8, 0.9)),
+        ({"temperature": None, "top_p": 1}, "", (0.8, 1)),
+        ({"eos_token_id": [257, 4294967295]}, "eos_token_id 4294967295 is beyond", (0.8, 0.9)),
+        ({"eos_token_id": -1}, "eos_token_id -1 is beyond", (0.8, 0.9)),
+    ],
+)
+def test_settings_that_cannot_be_are_left_out(
+    tmp_path: Path, settings: dict[str, object], told: str, sampling: tuple[float, float]
+) -> None:
+    files = {"generation_config.json": settings, "chat_template.jinja": "hi"}
+    report = converted(write_checkpoint(tmp_path / "source", files=files), tmp_path / "out")
+    assert [told in line for line in report.warnings] == [True] * bool(told)
+    with open_model(tmp_path / "out") as parts:
+        how = parts.sampling(None, None, None)
+        assert (how.temperature, how.topp) == sampling
+        assert parts.tokenizer.eos_ids == {257}
+
+
+def test_settings_of_others_do_not_matter_where_one_gives_own(tmp_path: Path) -> None:
+    converted(write_checkpoint(tmp_path / "source"), tmp_path / "out")
+    (tmp_path / "out/generation_config.json").write_text('{"temperature": NaN}')
+    with open_model(tmp_path / "out") as parts:
+        assert parts.sampling(0.5, None, None).temperature == 0.5
+        with pytest.raises(FileError, match="mend or remove"):
+            parts.sampling(None, 0.5, None)
+        with pytest.raises(UsageError):
+            parts.sampling(-1, None, None)
+
+
+def test_an_added_token_that_no_row_is_for(tmp_path: Path) -> None:
+    """It is told, and refused only by a prompt that has it."""
+    library = byte_tokenizer()
+    library.add_tokens([AddedToken(f"<{n}>", special=True) for n in range(288 - 260 + 1)])
+    template = "{{ messages[0].content }}{% if messages | length > 1 %}<28>{% endif %}"
+    files = {"tokenizer.json": library.to_str(), "chat_template.jinja": template}
+    report = converted(write_checkpoint(tmp_path / "source", files=files), tmp_path / "out")
+    assert any("beyond the model's 288: <28>;" in line for line in report.warnings)
+    said: dict[str, object] = {"role": "user", "content": "<28><27>"}
+    with open_model(tmp_path / "out") as parts:
+        assert parts.template is not None
+        assert parts.tokenizer.vocab_size == 288
+        ids = parts.tokenizer.encode_template(parts.template.render([said]))
+        assert ids == parts.tokenizer.encode("<28><27>")
+        with pytest.raises(FileError, match="'<28>', token 288, and the model has 288"):
+            parts.tokenizer.encode_template(parts.template.render([said, said]))
+
+
+def test_text_files_of_another_model_do_not_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files = {"chat_template.jinja": "old", "tokenizer_config.json": {"bos_token": "<s>"}}
+    converted(write_checkpoint(tmp_path / "source", files=files), out)
+    report = converted(write_checkpoint(tmp_path / "other", files={"x": "y"}), out)
+    assert [".old now" in line for line in report.warnings] == [False, True, True]
+    assert sorted(report.files) == ["generation_config.json", "model.m", "tokenizer.json"]
+    assert (out / "chat_template.jinja.old").read_text() == "old"
+    with open_model(out) as parts:
+        assert parts.template is None
+
+
+# --- tensors decide how they are stored and named
+
+
+def same_model(first: Path, second: Path) -> bool:
+    return (first / "model.m").read_bytes() == (second / "model.m").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [({}, 0), (None, 0), ({"quant_method": "fp8", "a": [1]}, 1), ("?", 1)]
+)
+def test_what_config_says_of_quantization_does_not_matter(
+    tmp_path: Path, said: object, told: int
+) -> None:
+    run(write_checkpoint(tmp_path / "plain"), tmp_path / "expected")
+    source = write_checkpoint(tmp_path / "source", quantization_config=said)
+    report = run(source, tmp_path / "out")
+    assert sum("quantization_config is in config.json" in w for w in report.warnings) == told
+    assert same_model(tmp_path / "out", tmp_path / "expected")
+
+
+def rename_tensors(
+    folder: Path, rename: Callable[[str, np.ndarray], dict[str, np.ndarray]]
+) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = [rename(name, values) for name, values in tensors.items()]
+    save_file({k: v for part in renamed for k, v in part.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("stored", [np.int8, np.uint8, None])
+def test_quantized_tensors_are_refused(tmp_path: Path, stored: type | None) -> None:
+    """Those of bitsandbytes, and those of GPTQ, whose names are others."""
+
+    def quantized(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        if "down_proj" not in name:
+            return {name: values}
+        return {name: values.astype(stored)} if stored else {name[:-6] + "qweight": values}
+
+    source = write_checkpoint(tmp_path / "source", quantization_config={"quant_method": "x"})
+    rename_tensors(source, quantized)
+    message = refusal(source, tmp_path / "out")
+    assert "quantized (quant_method 'x'): use the unquantized checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("inner", "head"),
+    [
+        ("model.language_model.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+        ("", "lm_head."),
+    ],
+)
+def test_names_of_a_part_of_a_larger_model(tmp_path: Path, inner: str, head: str) -> None:
+    def renamed(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        if name.startswith("lm_head."):
+            return {head + name.removeprefix("lm_head."): values}
+        return {inner + name.removeprefix("model."): values}
+
+    run(write_checkpoint(tmp_path / "plain", "glm4"), tmp_path / "expected")
+    source = rename_tensors(write_checkpoint(tmp_path / "source", "glm4"), renamed)
+    run(source, tmp_path / "out")
+    assert same_model(tmp_path / "out", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("variant", ["glm4_moe_f32", "glm_moe_dsa_sparse_bf16"])
+def test_experts_in_one_tensor(tmp_path: Path, variant: str, fused: bool, suffix: str) -> None:
+    """As transformers 5 keeps them in memory: [experts, 2 * width, dim], gate first."""
+    run(GOLDEN / variant, tmp_path / "expected")
+    folder = Path(shutil.copytree(GOLDEN / variant, tmp_path / "source"))
+    tensors = stored_floats(folder)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        before, _, after = name.partition(".mlp.experts.")
+        number, kind, _ = after.split(".")
+        experts.setdefault(f"{before}.mlp.experts.{kind}", {})[int(number)] = tensors.pop(name)
+    stacks = {name: np.stack([parts[n] for n in sorted(parts)]) for name, parts in experts.items()}
+    for name in [name for name in stacks if name.endswith(".gate_proj") and fused]:
+        up = name.replace("gate_proj", "up_proj")
+        fused_name = name.replace("gate_proj", "gate_up_proj")
+        stacks[fused_name] = np.concatenate([stacks.pop(name), stacks.pop(up)], axis=1)
+    tensors |= {name + suffix: values for name, values in stacks.items()}
+    save_file(tensors, folder / "model.safetensors")
+    run(folder, tmp_path / "out")
+    assert same_model(tmp_path / "out", tmp_path / "expected")

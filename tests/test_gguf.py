@@ -18,7 +18,7 @@ from pyllama_dist.config import FloatType
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import FileError
 from pyllama_dist.formats.convert import Report
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.simulate import simulated_root
 from pyllama_kernels.blocks import quantize_q40

@@ -117,3 +117,13 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install pyllama-dist[gguf]" in refusal(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("arch", ["glm4", "glm4moe"])
+def test_rope_of_whole_heads_is_refused(arch: str, tmp_path: Path) -> None:
+    """All these models turn half of each head; early converters wrote all of it."""
+    tensors = {"token_embd.weight": normal(96, 64)}
+    experts = {"expert_feed_forward_length": 32, "expert_count": 4, "expert_used_count": 2}
+    more = {"rope.dimension_count": 16} | (experts if arch == "glm4moe" else {})
+    source = write(tmp_path / "x.gguf", arch, tensors, small(arch, **more))
+    assert "rope of all 16 values of a head" in refusal(source, tmp_path / "out")

@@ -11,7 +11,7 @@ from gguf.quants import dequantize, quantize
 
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.gguf_checkpoint import GgufCheckpoint
+from pyllama_dist.formats.gguf.checkpoint import GgufCheckpoint
 from tests.gguf_files import MOE, normal, small, write
 
 

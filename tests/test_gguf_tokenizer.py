@@ -8,7 +8,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import TokenType
 
+from pyllama_dist.chat import open_model
 from pyllama_dist.text.tokenizer import Tokenizer
+from tests.checkpoints import byte_tokenizer
 from tests.gguf_files import Metadata, golden_gguf, refusal, run, sentencepiece_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +52,8 @@ def test_text_files_of_glm(tmp_path: Path) -> None:
     first = len(original["model"]["vocab"])
     word = {"id": first + 10, "content": "<think>", "special": False}
     original["added_tokens"].append(original["added_tokens"][0] | word)
-    source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, glm_metadata(original))
+    n_tokens = first + len(original["added_tokens"])
+    source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, glm_metadata(original), n_tokens)
     out = tmp_path / "out"
     report = run(source, out)
     assert sorted(report.files) == sorted(file.name for file in out.iterdir())
@@ -114,3 +117,43 @@ def broken(key: str, value: list) -> Metadata:
 def test_damaged_tokenizers_are_refused(key: str, value: list, reason: str, tmp_path: Path) -> None:
     source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, broken(key, value))
     assert reason in refusal(source, tmp_path / "out")
+
+
+def llama_metadata(**ids: int) -> Metadata:
+    """A byte-level tokenizer with the tokens of `tests.checkpoints`, and these ids of the file."""
+    library = json.loads(byte_tokenizer().to_str())
+    vocab, added = library["model"]["vocab"], library["added_tokens"]
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list([*sorted(vocab, key=vocab.get), *(t["content"] for t in added)])
+        writer.add_token_types([TokenType.NORMAL] * 256 + [TokenType.CONTROL] * len(added))
+        writer.add_token_merges([])
+        writer.add_chat_template("{% set c = bos_token + messages[0].content %}{{ c + eos_token }}")
+        for name, id in ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("ids", "written", "ends", "told"),
+    [
+        ({"bos": 256, "eos": 257, "eot": 259}, "<s>hi</s>", {257, 259}, 0),
+        ({"bos": 256, "eos": 4294967295}, "<s>hi", {259}, 1),
+        ({"bos": 4294967295, "eos": 257}, "hi</s>", {257, 259}, 1),
+    ],
+)
+def test_names_and_stop_ids(
+    tmp_path: Path, ids: dict[str, int], written: str, ends: set[int], told: int
+) -> None:
+    """llama.cpp gives templates the texts of these ids; -1 is no token."""
+    source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, llama_metadata(**ids))
+    report = run(source, tmp_path / "out")
+    assert sum("4294967295, which is no token" in line for line in report.warnings) == told
+    with open_model(tmp_path / "out") as parts:
+        assert parts.template is not None
+        prompt = parts.template.render([{"role": "user", "content": "hi"}])
+        assert prompt.text == written
+        assert parts.tokenizer.eos_ids == ends

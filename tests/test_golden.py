@@ -13,7 +13,7 @@ from pyllama_dist.config import FloatType
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.engine.sequence import Request
 from pyllama_dist.formats.convert import convert
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
 

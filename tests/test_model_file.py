@@ -23,8 +23,8 @@ from pyllama_dist.config import (
     Tensor,
 )
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats import header
-from pyllama_dist.formats.model_file import ModelFile, tensor_bytes, write_model
+from pyllama_dist.formats.dllama import header
+from pyllama_dist.formats.dllama.model_file import ModelFile, tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
 
 MATRIX = "layers.0.mlp.down_proj.weight"  # [64, 96]

@@ -12,7 +12,7 @@ from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.config import FloatType, Pairs, Scoring
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.formats.convert import convert
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.models.layers import Instruction, Layers
 from pyllama_dist.models.plan import Plan, shares

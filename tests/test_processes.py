@@ -23,8 +23,8 @@ import zmq
 
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.config import Arch, FloatType, ModelConfig
-from pyllama_dist.formats import header
-from pyllama_dist.formats.model_file import tensor_bytes, write_model
+from pyllama_dist.formats.dllama import header
+from pyllama_dist.formats.dllama.model_file import tensor_bytes, write_model
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, encode, seal, unseal
 from pyllama_dist.net.messages import PROTOCOL, Welcome

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from pyllama_dist.errors import FileError, PyllamaError, UsageError
-from pyllama_dist.formats import sentencepiece_file, tiktoken_file
-from pyllama_dist.formats.companions import companion_files
-from pyllama_dist.formats.tokenizer_file import TokenizerFile
+from pyllama_dist.formats.dllama.tokenizer_file import TokenizerFile
+from pyllama_dist.formats.huggingface import sentencepiece_file, tiktoken_file
+from pyllama_dist.formats.huggingface.sidecar_files import sidecar_files
 from pyllama_dist.model_dir import ModelPaths
 from pyllama_dist.text.scored import ScoredVocabulary
 from pyllama_dist.text.special import MARK, Rendered
@@ -230,7 +230,7 @@ def checkpoint(directory: Path, tokenizer_model: bytes) -> Path:
     (directory / "tokenizer.model").write_bytes(tokenizer_model)
     out = directory / "out"
     out.mkdir()
-    for name, data in companion_files(directory, {}, []).items():
+    for name, data in sidecar_files(directory, {}, []).items():
         (out / name).write_bytes(data)
     return out
 

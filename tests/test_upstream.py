@@ -23,7 +23,7 @@ from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import FileError
 from pyllama_dist.executor import kernels
 from pyllama_dist.formats.convert import convert
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
 from pyllama_kernels.isa.amx import LEAST

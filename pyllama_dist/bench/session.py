@@ -11,7 +11,7 @@ from pyllama_dist.bench.traffic import Traffic, traffic
 from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.executor import kernels
-from pyllama_dist.formats.model_file import ModelFile
+from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.program import Program
 from pyllama_dist.sizes import model_sizes
 

@@ -22,7 +22,7 @@ from pyllama_dist.files import find_model
 if TYPE_CHECKING:
     from pyllama_dist.bench.measure import Test
     from pyllama_dist.bench.random_model import RandomModel
-    from pyllama_dist.formats.model_file import ModelFile
+    from pyllama_dist.formats.dllama.model_file import ModelFile
 
 _SHORT = {"-m": "--model", "-t": "--nthreads"}
 
@@ -142,7 +142,7 @@ def _source(
     """What is to be measured, and its name."""
     from pyllama_dist.bench.random_model import RandomModel
     from pyllama_dist.bench.shapes import config_of, with_layers
-    from pyllama_dist.formats.model_file import ModelFile
+    from pyllama_dist.formats.dllama.model_file import ModelFile
     from pyllama_dist.models import ARCHITECTURES
 
     if shape is not None:

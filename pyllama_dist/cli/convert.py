@@ -24,7 +24,8 @@ def command(checkpoint: str, out_dir: Path, weights: str, revision: str | None) 
     """Make a model from a Hugging Face checkpoint, or from a GGUF file.
 
     CHECKPOINT is a directory, a file, or OWNER/NAME: a repository to fetch first.
-    OUT_DIR will hold model.m, tokenizer.json, chat_template.jinja and generation_config.json.
+    OUT_DIR will hold model.m, tokenizer.json, tokenizer_config.json, chat_template.jinja and
+    generation_config.json; those of an earlier conversion are moved aside.
     """
     from rich.filesize import decimal
 
@@ -45,7 +46,7 @@ def command(checkpoint: str, out_dir: Path, weights: str, revision: str | None) 
 
 def _source(checkpoint: str, revision: str | None) -> Path:
     """Where the checkpoint lies, once it is fetched if need be."""
-    from pyllama_dist.formats.hub import fetch_checkpoint, is_repo_name
+    from pyllama_dist.formats.huggingface.hub import fetch_checkpoint, is_repo_name
 
     if Path(checkpoint).exists() or not is_repo_name(checkpoint):
         if revision is not None:

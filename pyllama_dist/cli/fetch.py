@@ -21,7 +21,7 @@ def command(repo: str, revision: str, name: str | None, as_json: bool) -> None:
     """
     from rich.filesize import decimal
 
-    from pyllama_dist.formats.hub import fetch_checkpoint, fetch_file
+    from pyllama_dist.formats.huggingface.hub import fetch_checkpoint, fetch_file
 
     with progress_bar("fetch") as progress:
         if name is None:

@@ -93,7 +93,7 @@ def _from_shape(shape: str) -> _Subject:
 
 
 def _from_path(path: Path) -> _Subject:
-    from pyllama_dist.formats.model_file import ModelFile
+    from pyllama_dist.formats.dllama.model_file import ModelFile
     from pyllama_dist.models import ARCHITECTURES
 
     file = find_model(path)
@@ -108,8 +108,8 @@ def _from_path(path: Path) -> _Subject:
 def _from_fields(name: str, fields: Mapping[str, object]) -> _Subject:
     """What `convert` would make of a `config.json`."""
     from pyllama_dist.config import FloatType
-    from pyllama_dist.formats import header
-    from pyllama_dist.formats.model_file import tensor_bytes
+    from pyllama_dist.formats.dllama import header
+    from pyllama_dist.formats.dllama.model_file import tensor_bytes
     from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 
     model_type = fields.get("model_type")
@@ -134,7 +134,7 @@ def _from_fields(name: str, fields: Mapping[str, object]) -> _Subject:
 
 def _found(subject: _Subject, cluster: "Cluster") -> dict[str, Any]:
     """Everything, as it is printed with --json."""
-    from pyllama_dist.formats.model_file import tensor_bytes
+    from pyllama_dist.formats.dllama.model_file import tensor_bytes
     from pyllama_dist.models import ARCHITECTURES
     from pyllama_dist.sizes import model_sizes, node_sizes
 

@@ -28,7 +28,7 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
 
     from pyllama_dist.cluster import open_root
     from pyllama_dist.engine.engine import Engine
-    from pyllama_dist.formats.model_file import ModelFile
+    from pyllama_dist.formats.dllama.model_file import ModelFile
     from pyllama_dist.models import ARCHITECTURES
 
     cluster = make_cluster(**cluster_settings)

@@ -11,6 +11,7 @@ from typing import Self
 import click
 
 from pyllama_dist.chat import Answer, Conversation
+from pyllama_dist.cli.prompt import messages
 from pyllama_dist.errors import UsageError
 from pyllama_dist.text.thinking import Piece
 
@@ -130,15 +131,9 @@ def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
 def chat(conversation: Conversation, steps: int) -> None:
     """Question and answer until the input ends. `/clear` forgets, `/exit` leaves."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives `input` its line editing)
-
         click.echo("^C stops an answer, /clear starts anew, /exit or ^D leaves", err=True)
     _tell_if_raw(conversation)
-    while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
+    for text in messages():
         match text:
             case "":
                 continue

@@ -1,1 +1,1 @@
-"""Files: the `.m` model, Hugging Face checkpoints, and the way from one to the other."""
+"""Files of models: a room for each family of formats, and the way from one to another."""

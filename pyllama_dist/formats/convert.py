@@ -1,6 +1,6 @@
 """Converts a checkpoint of Hugging Face, or one in a GGUF file, to a model directory.
 
-The directory holds `model.m`, `tokenizer.json`, `chat_template.jinja` and `generation_config.json`.
+The directory holds `model.m` and the text files of `sidecar_checks.SIDECARS`.
 Everything is checked before the first byte is written, and the files appear at the end, together.
 """
 
@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from pyllama_dist.config import Architecture, FloatType, ModelConfig, Order, Tensor
 from pyllama_dist.errors import FileError, UsageError
-from pyllama_dist.formats import header
-from pyllama_dist.formats.checkpoint import Checkpoint
-from pyllama_dist.formats.companions import companion_files
-from pyllama_dist.formats.gguf_checkpoint import GgufCheckpoint
-from pyllama_dist.formats.model_file import tensor_bytes, write_model
-from pyllama_dist.formats.replacing import replacing
+from pyllama_dist.formats.atomic_write import atomic_write
+from pyllama_dist.formats.dllama import header
+from pyllama_dist.formats.dllama.model_file import tensor_bytes, write_model
+from pyllama_dist.formats.gguf.checkpoint import GgufCheckpoint
+from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
+from pyllama_dist.formats.huggingface.sidecar_files import sidecar_files
+from pyllama_dist.formats.sidecar_checks import SIDECARS, check_sidecars
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -72,7 +73,8 @@ def convert(
 
     Args:
         checkpoint_dir: holds `config.json` and safetensors; or a GGUF file.
-        out_dir: made if it is not there; files in it are replaced at the end.
+        out_dir: made if it is not there; files in it are replaced at the end, text files that the
+            checkpoint does not have are moved aside.
         weights: number format of the matrices.
         architectures: those that can be converted, by `model_type`.
         progress: is told the bytes of `model.m` written so far, and its size.
@@ -91,12 +93,17 @@ def convert(
     names = checkpoint.names
     tensors = [_found(tensor, checkpoint, names) for tensor in architecture.tensors(config)]
     _check_shapes(tensors, checkpoint)
+    if checkpoint.config.get("quantization_config"):
+        warnings.append(
+            "quantization_config is in config.json, but the tensors are not quantized: ignored"
+        )
     warnings += _unused(names - {tensor.source[0] for tensor in tensors}, config.n_layers)
     if isinstance(checkpoint, GgufCheckpoint):
         warnings += [*checkpoint.notes, *_copied(tensors, checkpoint, weights)]
-        companions = checkpoint.companions(warnings)
+        sidecars = checkpoint.sidecars(warnings)
     else:
-        companions = companion_files(checkpoint.path, checkpoint.config, warnings)
+        sidecars = sidecar_files(checkpoint.path, checkpoint.config, warnings)
+    check_sidecars(sidecars, config.vocab_size, checkpoint.path, warnings)
     size = _model_bytes(config, tensors, checkpoint_dir)
 
     def data(tensor: Tensor) -> Iterator[Floats | Bytes]:
@@ -118,9 +125,13 @@ def convert(
                 f"free some space or write elsewhere"
             )
         with ExitStack() as stack:
-            for name, content in companions.items():
-                stack.enter_context(replacing(out_dir / name)).write(content)
+            for name, content in sidecars.items():
+                stack.enter_context(atomic_write(out_dir / name)).write(content)
             write_model(out_dir / "model.m", config, tensors, data, count)
+        for name in SIDECARS:
+            if name not in sidecars and (out_dir / name).exists():
+                (out_dir / name).replace(out_dir / f"{name}.old")
+                warnings.append(f"{name} was there, of another model: it is {name}.old now")
     except OSError as error:
         raise FileError(
             f"{out_dir}: {error.strerror or error}; the model was not written, give another "
@@ -128,7 +139,7 @@ def convert(
         ) from error
     return Report(
         config=config,
-        files=("model.m", *companions),
+        files=("model.m", *sidecars),
         n_tensors=len(tensors),
         checkpoint_bytes=checkpoint.size,
         model_bytes=size,
@@ -154,13 +165,6 @@ def _architecture(
         raise FileError(
             f"{file}: model_type {model_type!r} is not supported, only "
             f"{', '.join(architectures)}; choose another checkpoint"
-        )
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise FileError(
-            f"{file}: the checkpoint is quantized already (quant_method {method!r}); "
-            f"convert the bfloat16 one that it was made from"
         )
     return architecture
 

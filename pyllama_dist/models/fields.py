@@ -21,12 +21,15 @@ from pyllama_dist.errors import FileError
 # Fields that would change the numbers, with the values under which they do not.
 _INERT: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
-    "sliding_window": (None,),
     "vision_config": (None,),
     "mlp_bias": (None, False),
     "attention_out_bias": (None, False),
     "rope_interleave": (None, True),
 }
+
+
+# Types of layers: those of GLM-5 are told by other fields.
+_ATTENTION = ("full_attention", "indexed_attention", "deepseek_sparse_attention")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def common_config(
         FileError: a field is missing, out of bounds, or asks for something not implemented.
     """
     f.refuse(_INERT)
+    _refuse_window(f)
     dim, n_heads = f.integer("hidden_size"), f.integer("num_attention_heads", 4096)
     n_kv_heads = f.integer("num_key_value_heads", 4096) if f.has("num_key_value_heads") else n_heads
     head_dim = f.integer("head_dim", 4096) if f.has("head_dim") else dim // n_heads
@@ -160,6 +164,13 @@ def latent_config(f: Fields, weights: FloatType, experts: Experts) -> ModelConfi
 
 def glm_experts(f: Fields, dense_layers: int) -> Experts:
     """Fields of GLM's mixture of experts; `dense_layers` where the file does not say."""
+    f.refuse(
+        {
+            "scoring_func": (None, "sigmoid"),
+            "topk_method": (None, "noaux_tc"),
+            "moe_layer_freq": (None, 1),
+        }
+    )
     ffn_dim = f.integer("moe_intermediate_size")
     if f.has("first_k_dense_replace"):
         dense_layers = f.integer("first_k_dense_replace", 1024, low=0)
@@ -194,6 +205,24 @@ def _dense_layers(f: Fields, default: int, n_layers: int) -> int:
     return dense
 
 
+def _refuse_window(f: Fields) -> None:
+    """Refuses attention that sees the last positions only.
+
+    Where there are types of layers they decide; else a window counts unless it is switched off,
+    as it is in Qwen's where nothing is said.
+    """
+    kinds = f.values.get("layer_types")
+    if isinstance(kinds, list) and (other := [kind for kind in kinds if kind not in _ATTENTION]):
+        raise FileError(
+            f"config.json: layer_types has {other[0]!r}, which is not implemented for {f.arch}"
+        )
+    used = f.flag("use_sliding_window", f.arch not in (Arch.QWEN3, Arch.QWEN3_MOE))
+    if used and not kinds:
+        f.refuse({"sliding_window": (None,)})
+        if f.has("use_sliding_window") and "sliding_window" not in f.values:
+            f.refuse({"use_sliding_window": ()})
+
+
 def _rope(f: Fields, rotary: float, scalable: bool) -> tuple[Fields, RopeScaling | None]:
     """Rope fields: top level in older files, `rope_parameters` since transformers 5."""
     values: dict[str, object] = {"rope_theta": 10000.0, "partial_rotary_factor": rotary}
@@ -205,6 +234,7 @@ def _rope(f: Fields, rotary: float, scalable: bool) -> tuple[Fields, RopeScaling
             continue
         if not isinstance(group, Mapping):
             raise FileError(f"config.json: {key} is {group!r}, expected an object")
+        group = _of_all_layers(group, key)
         kind = group.get("rope_type", group.get("type", "default"))
         if kind == "llama3" and scalable:
             scaling = _llama3(Fields(f.arch, group))
@@ -215,6 +245,20 @@ def _rope(f: Fields, rotary: float, scalable: bool) -> tuple[Fields, RopeScaling
             )
         values |= {key: group[key] for key in values if group.get(key) is not None}
     return Fields(f.arch, values), scaling
+
+
+def _of_all_layers(group: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """The rope fields of all layers, where a file may give some for each type of layer."""
+    kinds = [kind for kind, value in group.items() if isinstance(value, Mapping)]
+    if not kinds:
+        return group
+    full = group.get("full_attention")
+    if kinds != ["full_attention"] or not isinstance(full, Mapping):
+        raise FileError(
+            f"config.json: {key} has fields for {', '.join(kinds)}, of which only full_attention "
+            f"is implemented"
+        )
+    return full
 
 
 def _llama3(f: Fields) -> RopeScaling:

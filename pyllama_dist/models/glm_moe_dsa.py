@@ -16,6 +16,7 @@ from pyllama_dist.models.tensors import PRE_NORMS, model_tensors
 def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
     """Configuration from a parsed `config.json`."""
     fields = Fields(Arch.GLM_MOE_DSA, hf)
+    fields.refuse({"indexer_rope_interleave": (None, True)})
     config = latent_config(fields, weights, glm_experts(fields, dense_layers=3))
     indexer = Indexer(
         n_heads=fields.integer("index_n_heads", 4096),

@@ -15,7 +15,7 @@ from pyllama_dist.models.tensors import PRE_NORMS, model_tensors
 def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
     """Configuration from a parsed `config.json`."""
     fields = Fields(Arch.QWEN3, hf)
-    fields.refuse({"attention_bias": (None, False), "use_sliding_window": (None, False)})
+    fields.refuse({"attention_bias": (None, False)})
     config = common_config(fields, weights, rotary=1.0, pairs=Pairs.HALVES)
     return replace(config, qk_norm=True)
 

@@ -18,7 +18,6 @@ def config_from_hf(hf: Mapping[str, object], weights: FloatType) -> ModelConfig:
     fields.refuse(
         {
             "attention_bias": (None, False),
-            "use_sliding_window": (None, False),
             "mlp_only_layers": (None, []),
             "decoder_sparse_step": (None, 1),
         }

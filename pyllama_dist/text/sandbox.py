@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.files import one_line
-from pyllama_dist.text.special import MARK
+from pyllama_dist.text.special import MARK, unmarked
 
 TEXT_LIMIT = 1 << 24  # characters that a template may write
 STEP_LIMIT = 1_000_000  # numbers that one rendering may take from range()
@@ -176,4 +176,4 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def _shown(error: BaseException) -> str:
-    return one_line(error).replace(MARK, "")
+    return unmarked(one_line(error))

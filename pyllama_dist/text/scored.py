@@ -63,8 +63,12 @@ class ScoredVocabulary:
         """The bytes of a token, nothing if unknown; the same wherever it is."""
         return self._pieces[token] if 0 <= token < self.size else b""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of text without lone surrogates, in time n log n.
+    def normalize(self, text: str) -> str:
+        """The text as it is: these vocabularies have no normalizer."""
+        return text
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of text without lone surrogates, in time n log n; the same wherever it is.
 
         Raises:
             UsageError: the vocabulary has neither a character nor its bytes.

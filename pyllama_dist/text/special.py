@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 MARK = "\ufdd0"
+SIGN = "\ufdd1"  # before a whole special string while the text around it is normalized
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class Rendered:
     @property
     def text(self) -> str:
         """The text as people may see it, without marks."""
-        return self.marked.replace(MARK, "")
+        return unmarked(self.marked)
+
+
+def unmarked(text: str) -> str:
+    """`text` without marks and signs."""
+    return text.replace(MARK, "").replace(SIGN, "")
 
 
 def well_formed(text: str) -> str:
@@ -56,7 +62,7 @@ class Breaker:
 
         The end matters because templates join the parts of a message: `<|us` and `er|>`.
         """
-        text = well_formed(text).replace(MARK, "")
+        text = unmarked(well_formed(text))
         if self._start is not None:
             text = self._start.sub(rf"\1{MARK}", text)
         body = text.rstrip()

@@ -70,10 +70,13 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        # What people write is letters, as to the engine: a mention of `<|user|>` ends nothing.
+        fields = json.loads(tokenizer.to_str()) | {"added_tokens": []}
+        self.plain = Tokenizer.from_str(json.dumps(fields))
         self.id = {token: tokenizer.token_to_id(token) for token in SPECIAL}
 
     def text(self, text: str) -> list[int]:
-        return self.tokenizer.encode("\n" + text, add_special_tokens=False).ids
+        return self.plain.encode("\n" + text, add_special_tokens=False).ids
 
     def prompt(self, question: str, system: str | None = None) -> list[int]:
         """All that the model is given before it answers the first question."""

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from pyllama_dist.config import FloatType
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import one_line
-from pyllama_dist.formats.gguf_config import config_from_gguf
-from pyllama_dist.formats.gguf_file import GgufFile
-from pyllama_dist.formats.gguf_tokenizer import companion_files, eos_ids
+from pyllama_dist.formats.gguf.config import config_from_gguf
+from pyllama_dist.formats.gguf.file import GgufFile
+from pyllama_dist.formats.gguf.tokenizer import eos_ids, sidecar_files
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -201,9 +201,9 @@ class GgufCheckpoint:
             return None
         return self._stored(name, start, stop).view(np.uint8)
 
-    def companions(self, warnings: list[str]) -> dict[str, bytes]:
+    def sidecars(self, warnings: list[str]) -> dict[str, bytes]:
         """The text files of a model directory, by name, see `gguf_tokenizer`."""
-        return companion_files(self._file, warnings)
+        return sidecar_files(self._file, warnings)
 
     def _stored(self, name: str, start: int, stop: int) -> npt.NDArray[np.generic]:
         rows = self._find(name).rows

@@ -24,7 +24,7 @@ from pyllama_dist.config import (
     RopeScaling,
 )
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.keys import ARCH_IDS, LAYOUTS, Facts, Key, Pair, format_facts
+from pyllama_dist.formats.dllama.keys import ARCH_IDS, LAYOUTS, Facts, Key, Pair, format_facts
 
 MAGIC = 0x0A00ABCD
 _OLD_MAGICS = (0xABCD00, 0xABCD01)

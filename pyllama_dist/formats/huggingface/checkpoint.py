@@ -3,10 +3,12 @@
 Numbers are read a few rows at a time, so a checkpoint may be larger than memory.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +25,16 @@ _STORED_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Beginnings of names in checkpoints of models that have other parts, or were saved without a head.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "layers.": "model.layers.",
+    "embed_tokens.": "model.embed_tokens.",
+    "norm.": "model.norm.",
+}
+_STACK = re.compile(r"(.*\.mlp\.experts\.)(gate|up|down|gate_up)_proj(?:\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Checkpoint:
         """Wraps what was found; use `open`."""
         self.path = path
         self.config = config
-        self._stored = stored
+        self._stored = _as_expected(stored)
         self.size = sum(
             math.prod(tensor.shape) * np.dtype(_STORED_TYPES.get(tensor.dtype, "u1")).itemsize
             for tensor in stored.values()
@@ -100,7 +112,7 @@ class Checkpoint:
         if tensor.dtype not in _STORED_TYPES:
             raise FileError(
                 f"{tensor.path}: tensor {name} is of type {tensor.dtype}, supported are "
-                f"{', '.join(_STORED_TYPES)}; use the unquantized checkpoint"
+                f"{', '.join(_STORED_TYPES)}; {self._quantized}use the unquantized checkpoint"
             )
 
     def rows(self, name: str, start: int, stop: int) -> Floats:
@@ -130,10 +142,55 @@ class Checkpoint:
 
     def _find(self, name: str) -> _Stored:
         if name not in self._stored:
+            quantized = self._quantized
+            mend = "use the unquantized" if quantized else "download all files of the"
             raise FileError(
-                f"{self.path}: tensor {name} is missing; download all files of the checkpoint again"
+                f"{self.path}: tensor {name} is missing; {quantized}{mend} checkpoint"
+                f"{'' if quantized else ' again'}"
             )
         return self._stored[name]
+
+    @property
+    def _quantized(self) -> str:
+        """What config.json says of quantization, for errors; nothing if it says nothing."""
+        quantization = self.config.get("quantization_config")
+        if not quantization:
+            return ""
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        return f"the checkpoint is quantized (quant_method {method!r}): "
+
+
+def _as_expected(stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
+    """The tensors under the names that models without other parts have, each expert by itself."""
+    expected: dict[str, _Stored] = {}
+    for name, tensor in stored.items():
+        plain = name
+        for prefix, usual in _PREFIXES.items():
+            if name.startswith(prefix):
+                plain = usual + name.removeprefix(prefix)
+                break
+        if plain in stored:
+            plain = name
+        expected.update(_experts(plain, tensor))
+    return expected
+
+
+def _experts(name: str, tensor: _Stored) -> Iterator[tuple[str, _Stored]]:
+    """A tensor; of one that has the matrices of all experts, each of them.
+
+    transformers 5 keeps `gate_up_proj [experts, 2 * width, dim]`, gate first, and `down_proj`.
+    """
+    found = _STACK.fullmatch(name)
+    kinds = ("gate", "up") if found and found[2] == "gate_up" else (found[2],) if found else ()
+    whole = len(tensor.shape) == 3 and 0 not in tensor.shape
+    if found is None or not whole or tensor.shape[1] % len(kinds):
+        yield name, tensor
+        return
+    height, width = tensor.shape[1] // len(kinds), tensor.shape[2]
+    size = height * width * np.dtype(_STORED_TYPES.get(tensor.dtype, "u1")).itemsize
+    for number, (expert, kind) in enumerate(itertools.product(range(tensor.shape[0]), kinds)):
+        part = replace(tensor, offset=tensor.offset + number * size, shape=(height, width))
+        yield f"{found[1]}{expert}.{kind}_proj.weight", part
 
 
 def _read_shards(path: Path) -> dict[str, _Stored]:

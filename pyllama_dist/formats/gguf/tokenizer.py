@@ -4,13 +4,15 @@ A GGUF file has a tokenizer's tokens, merges or scores, but of its rules for cut
 name (`tokenizer.ggml.pre`); the rules themselves are here.
 """
 
-import json
 from typing import TYPE_CHECKING
 
 from pyllama_dist.errors import FileError
 from pyllama_dist.files import one_line
-from pyllama_dist.formats.gguf_file import GgufFile
+from pyllama_dist.formats.gguf.file import GgufFile
 from pyllama_dist.formats.piece_merges import piece_merges
+from pyllama_dist.formats.sidecar_checks import GENERATION_FILE, as_json
+from pyllama_dist.text.named_tokens import FILE as NAMES_FILE
+from pyllama_dist.text.tokenizer import MAX_ID
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -36,10 +38,21 @@ _DIGITS = {
 _ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 _GLM_ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
+# Names of templates, by those of the file.
+_NAMED = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "seperator": "sep_token",  # as the format spells it
+    "padding": "pad_token",
+    "cls": "cls_token",
+    "mask": "mask_token",
+}
+
 _SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k"}
 
 
-def companion_files(file: GgufFile, warnings: list[str]) -> dict[str, bytes]:
+def sidecar_files(file: GgufFile, warnings: list[str]) -> dict[str, bytes]:
     """`tokenizer.json`, `chat_template.jinja` and `generation_config.json`, by name.
 
     Args:
@@ -58,13 +71,22 @@ def companion_files(file: GgufFile, warnings: list[str]) -> dict[str, bytes]:
         files["chat_template.jinja"] = template.encode()
     else:
         warnings.append("the file has no chat template: the model cannot chat")
-    generation: dict[str, object] = {"eos_token_id": eos_ids(file)}
+    tokens = [text for text, _ in _tokens(file)]
+    ends = eos_ids(file)
+    named: dict[str, object] = {}
+    for key, name in _NAMED.items():
+        id = file.get(f"{_PREFIX}{key}_token_id")
+        if isinstance(id, int) and id < len(tokens):
+            named[name] = tokens[id]
+        elif id is not None and tokens:
+            warnings.append(f"{key}_token_id is {id!r}, which is no token of the file: left out")
+    if named:
+        files[NAMES_FILE] = as_json(named)
+    generation: dict[str, object] = {"eos_token_id": ends}
     for key, name in _SAMPLING.items():
         if file.get(f"general.sampling.{key}") is not None:
             generation[name] = file.number(f"general.sampling.{key}")
-    if not generation["eos_token_id"]:
-        warnings.append("the file names no end-of-text token: answers do not end by themselves")
-    files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
+    files[GENERATION_FILE] = as_json(generation)
     return files
 
 
@@ -83,7 +105,8 @@ def eos_ids(file: GgufFile) -> list[int]:
     }
     glm = controls.keys() >= set(_GLM_ENDS)
     ids += [controls[end] for end in _ENDS + _GLM_ENDS * glm if end in controls]
-    return list(dict.fromkeys(ids))
+    n_tokens = len(_tokens(file)) or MAX_ID
+    return [id for id in dict.fromkeys(ids) if id < n_tokens]
 
 
 def _tokens(file: GgufFile) -> list[tuple[str, int]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllama_dist.errors import UsageError
-from pyllama_dist.files import read_json, read_text
+from pyllama_dist.files import read_text
+from pyllama_dist.text.named_tokens import NAMES
 from pyllama_dist.text.special import Breaker, Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN
 from pyllama_dist.text.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from pyllama_dist.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pyllama_dist.text.sandbox import SandboxedTemplate
 
-TEMPLATE_LIMIT = CONFIG_LIMIT = 1 << 20  # bytes
+TEMPLATE_LIMIT = 1 << 20  # bytes
 OWN_TEXT = ("content", "reasoning_content")  # fields that an assistant's message wrote itself
 
 
@@ -25,16 +26,17 @@ class ChatTemplate:
         reads: names of the variables that the template reads.
     """
 
-    def __init__(
-        self, template: "SandboxedTemplate", tokenizer: Tokenizer, named: Mapping[str, str]
-    ) -> None:
-        """`named` are special tokens that templates know by a name (`bos_token`)."""
+    def __init__(self, template: "SandboxedTemplate", tokenizer: Tokenizer) -> None:
+        """`template` writes prompts for `tokenizer`."""
         self.reads = template.reads
         self._template = template
-        self._named = named
+        # A name without a token is an empty text: Llama 3's templates add `bos_token` to others.
+        self._named = {**dict.fromkeys(NAMES, ""), **tokenizer.named}
         thinking = {OPEN, CLOSE}
         added = tokenizer.added.values()
-        self._break_all = Breaker({token.text for token in added} | thinking)
+        texts = {token.text for token in added} | thinking
+        self._break_all = Breaker(texts)
+        self._break_but_switches = Breaker({text for text in texts if not _is_switch(text)})
         self._break_roles = Breaker({token.text for token in added if token.special} - thinking)
 
     @classmethod
@@ -53,8 +55,7 @@ class ChatTemplate:
             from pyllama_dist.text.sandbox import SandboxedTemplate
         except ImportError:
             raise UsageError("chat needs the jinja2 library; install pyllama-dist[root]") from None
-        named = _named_tokens(model_dir / "generation_config.json", tokenizer)
-        return cls(SandboxedTemplate(source, str(path)), tokenizer, named)
+        return cls(SandboxedTemplate(source, str(path)), tokenizer)
 
     def render(
         self,
@@ -70,8 +71,9 @@ class ChatTemplate:
         the arguments of a tool call as an object.
 
         Special strings in what the caller gives are text (see `special`): all of them in what
-        users, systems and tools wrote. What an assistant wrote keeps `<think>...</think>`, which
-        templates cut out of the history, but cannot speak as another role.
+        tools wrote. What an assistant wrote keeps `<think>...</think>`, which templates cut out of
+        the history, but cannot speak as another role. Users and systems may switch thinking off
+        with a word that is a token: the `/nothink` of GLM-4.5.
 
         Args:
             messages: the conversation, each message with its `role` and `content`.
@@ -98,12 +100,22 @@ class ChatTemplate:
         )
 
     def _broken(self, message: Mapping[str, object]) -> dict[str, object]:
-        own = OWN_TEXT if message.get("role") == "assistant" else ()
+        breakers: dict[str, Breaker] = {}
+        match message.get("role"):
+            case "assistant":
+                breakers = dict.fromkeys(OWN_TEXT, self._break_roles)
+            case "user" | "system":
+                breakers = {"content": self._break_but_switches}
         broken = {}
         for key, value in message.items():
-            breaker = self._break_roles if key in own else self._break_all
+            breaker = breakers.get(key, self._break_all)
             broken[self._break_all.text(key)] = breaker.value(value)
         return broken
+
+
+def _is_switch(text: str) -> bool:
+    """Whether an added token is a word that users type to choose how the model answers."""
+    return text.startswith("/") and text[1:].isalpha()
 
 
 def _as_templates_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,16 +151,3 @@ def _call(call: Any) -> Any:
                 )
             return {**call, "arguments": arguments}
     return call
-
-
-def _named_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens that generation_config.json names, by their names in templates."""
-    fields = read_json(config, CONFIG_LIMIT) if config.exists() else {}
-    texts = {token.id: token.text for token in tokenizer.added.values()}
-    named = {}
-    for name in ("bos_token", "eos_token"):
-        ids = fields.get(f"{name}_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int) and first in texts:
-            named[name] = texts[first]
-    return named

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from pyllama_dist.config import Arch, Architecture, FloatType, ModelConfig, Tensor
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats import header
-from pyllama_dist.formats.replacing import replacing
+from pyllama_dist.formats.atomic_write import atomic_write
+from pyllama_dist.formats.dllama import header
 from pyllama_kernels.blocks import dequantize_q40, dequantize_q80, quantize_q40, quantize_q80
 
 Floats = npt.NDArray[np.float32]
@@ -173,7 +173,7 @@ def write_model(
         OSError: writing failed.
     """
     start = header.encode(config)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(start)
         for tensor in tensors:
             rows = 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pyllama_dist.errors import FileError
-from pyllama_dist.formats.gguf_file import GgufFile
+from pyllama_dist.formats.gguf.file import GgufFile
 
 # llama.cpp's name of an architecture, and Hugging Face's `model_type`.
 MODEL_TYPES = {
@@ -94,6 +94,9 @@ class _Fields:
                 config |= self._latent(n_heads)
             case "chatglm" | "glm4" | "glm4moe":
                 rotary = self.integer("rope.dimension_count")
+                if self.arch != "chatglm" and rotary >= self._head_dim(config):
+                    # All known models turn half of a head; early converters wrote the whole one.
+                    raise self.refuse(f"rope of all {rotary} values of a head")
                 config["partial_rotary_factor"] = rotary / max(1, self._head_dim(config))
                 config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self.file.tensors
             case _:

@@ -1,0 +1,1 @@
+"""The files of distributed-llama: models (`.m`) and tokenizers (`.t`)."""

@@ -1,0 +1,1 @@
+"""A model in a GGUF file, seen as a checkpoint of Hugging Face."""
