@@ -298,7 +298,7 @@ def main() -> None:
         check_fits(test, config.max_seq_len)
     seq_len = max(test.positions for test in tests)
     needed = sum(layout.planned_bytes(args.shape, seq_len) for layout in args.layouts)
-    stays = needed < _SPARE * psutil.virtual_memory().available
+    stays = needed < _SPARE * memory_here().available
     path: Path = args.o or result_file("nodes")
     path.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)

@@ -10,13 +10,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Protocol
 
-import psutil
-
 from pyllama_dist.config import FloatType, ModelConfig
 from pyllama_dist.cores import available_cores, cpus_of_nodes, keep, kept_to
 from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.memory_use import memory_here
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.models.plan import Plan, shares
 from pyllama_dist.net.transport import Address, Dialer
@@ -134,7 +133,7 @@ def open_root(
     """
     plans = programs(model.config, cluster)
     here = plans[: 1 + cluster.local_workers]
-    needed, available = sum(map(planned_bytes, here)), psutil.virtual_memory().available
+    needed, available = sum(map(planned_bytes, here)), memory_here().available
     if needed > available:
         raise UsageError(
             f"the nodes on this machine need {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are "

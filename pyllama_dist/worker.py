@@ -8,14 +8,13 @@ import logging
 from typing import TypeVar
 
 import numpy as np
-import psutil
 
 from pyllama_dist import __version__
 from pyllama_dist.check import check_batch, check_program
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
-from pyllama_dist.memory_use import resident_bytes
+from pyllama_dist.memory_use import memory_here, resident_bytes
 from pyllama_dist.net.messages import (
     PROTOCOL,
     Allocated,
@@ -131,7 +130,7 @@ class _Session:
                 f"the root speaks protocol {hello.protocol} (pyllama-dist {hello.version}), this "
                 f"worker {PROTOCOL} (pyllama-dist {__version__}); install the same version on both"
             )
-        memory = psutil.virtual_memory().available
+        memory = memory_here().available
         self.channel.send(Welcome(PROTOCOL, __version__, self.n_threads, memory))
         return hello.session
 
@@ -168,7 +167,7 @@ class _Session:
                 f"{net.program.n_nodes}"
             )
         check_program(net.program)
-        needed, available = planned_bytes(net.program), psutil.virtual_memory().available
+        needed, available = planned_bytes(net.program), memory_here().available
         if needed > available:
             raise NodeError(
                 f"needs {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are available; use more "
