@@ -1,4 +1,4 @@
-"""Limits of control groups, in trees like those of the kernel's; their documentation has the values."""
+"""Limits of control groups, in trees laid out like those of the kernel."""
 
 import math
 
