@@ -45,7 +45,7 @@ def memory_limit(proc: Path = _PROC) -> tuple[float, float]:
 
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """Directories of a controller's groups of a process, its own first."""
-    own = {}  # controller: path; "" is version 2, which has one path for all
+    own: dict[str, str] = {}  # controller: path; "" is version 2, which has one path for all
     for line in _lines(proc / "cgroup"):
         _, controllers, path = line.split(":", 2)
         own |= dict.fromkeys(controllers.split(","), path)
