@@ -24,7 +24,7 @@ from pyllama_dist.root import Root
 from pyllama_dist.sampler import Sampling
 from pyllama_dist.simulate import simulated_root
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 SLOTS = 20  # sequences that are answered side by side
 HELD_OUT = json.loads((BUILTIN / "heldout.json").read_text())

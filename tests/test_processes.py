@@ -29,7 +29,7 @@ from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL
 from pyllama_dist.net.messages import PROTOCOL
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
 
 PYLLAMA = [sys.executable, "-m", "pyllama_dist"]
 # A worker that has no names: all connections to it are TCP.

@@ -75,8 +75,8 @@ def commands(tmp_path):
     }
 
 
-QUICK = ("tokenize", "inspect", "root")
-REST = ("help", "doctor", "convert", "logits", "json", "bench")
+QUICK = ("tokenize",)
+REST = ("inspect", "root", "help", "doctor", "convert", "logits", "json", "bench")
 EACH = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
 
 
@@ -191,6 +191,7 @@ def test_a_name_that_is_no_text_is_quoted(run, tmp_path, args, expected):
     only_line(err)
 
 
+@pytest.mark.slow
 def test_a_model_whose_name_is_no_text(run, tmp_path):
     shutil.copytree(BUILTIN, odd(tmp_path), ignore=shutil.ignore_patterns("training"))
     code, out, err = run("inspect", odd(tmp_path))
@@ -214,6 +215,7 @@ def test_a_full_disk_under_logits(run, tmp_path):
     assert not Path("/dev/full").is_file()  # a device is written, not replaced
 
 
+@pytest.mark.slow
 def test_logits_that_are_too_large_leave_no_file(run, tmp_path):
     out = tmp_path / "there" / "logits.npy"
     out.parent.mkdir()
@@ -245,6 +247,7 @@ def test_replacing_writes_devices_and_pipes(tmp_path):
     assert pipe.is_fifo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["-n 8", "-n 16", "-n 32"])
 def test_few_descriptors(run, limit):
     code, out, err = run(*HELLO, "--local-workers", "2", limit=limit)
@@ -254,6 +257,7 @@ def test_few_descriptors(run, limit):
         assert "ulimit -n" in only_line(err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["-v 200000", "-v 500000"])
 @pytest.mark.parametrize(
     "name", ["root", pytest.param("doctor", marks=pytest.mark.slow), "tokenize", "logits"]
