@@ -205,6 +205,7 @@ HEAD_DIMS = {
 }
 
 
+@pytest.mark.slow
 @EVERY_KIND
 @settings(max_examples=60)
 @given(st.data())

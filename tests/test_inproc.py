@@ -108,6 +108,7 @@ def test_quantized_weights_are_cut_between_blocks(tiny, run_of, alone, weights_t
         assert difference(conversation(root, run_of), alone(model)) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", list(Arch))
 @pytest.mark.parametrize("n_nodes", NODES)
 def test_q80_sync_costs_little(tiny, run_of, alone, arch, n_nodes):
@@ -491,6 +492,7 @@ def test_an_exchange_that_never_comes_is_a_deadline(talk):
     assert error.message == "sent nothing for 0 s (step 1, after start)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["hello", "meshed", "allocated", "ready"])
 @pytest.mark.parametrize("last", [Bye(), Error(Phase.NET, "no"), Welcome(1, "", 1, 0), None])
 def test_a_worker_listens_again_whenever_and_however_its_root_leaves(talk, phase, last):

@@ -25,7 +25,7 @@ from pyllama_dist.formats.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 
