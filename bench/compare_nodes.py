@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 from engines import Answer, Engine, Others, Starting, result_file, running
 from rich import box
 from rich.console import Console
@@ -34,6 +33,7 @@ from pyllama_dist.bench.shapes import config_of
 from pyllama_dist.cluster import Cluster, programs
 from pyllama_dist.errors import PyllamaError, UsageError
 from pyllama_dist.executor.memory import planned_bytes
+from pyllama_dist.memory_use import memory_here
 
 # It ends with the process that started it, however that ends.
 _BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(100000))"
@@ -298,7 +298,7 @@ def main() -> None:
         check_fits(test, config.max_seq_len)
     seq_len = max(test.positions for test in tests)
     needed = sum(layout.planned_bytes(args.shape, seq_len) for layout in args.layouts)
-    stays = needed < _SPARE * psutil.virtual_memory().available
+    stays = needed < _SPARE * memory_here().available
     path: Path = args.o or result_file("nodes")
     path.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)

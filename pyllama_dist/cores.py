@@ -6,13 +6,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 import psutil
 
+from pyllama_dist.cgroups import cpu_limit
+
 _CAN_CHOOSE = hasattr(os, "sched_setaffinity")  # Linux
 
 
 def available_cores() -> int:
-    """Cores that this process may use, not counting hyperthreads."""
+    """Cores that this process may use, not counting hyperthreads.
+
+    Where a control group limits CPU time it is the whole cores of that: one thread more would use
+    the time up, and then all stand still until the next period.
+    """
     allowed = len(os.sched_getaffinity(0)) if _CAN_CHOOSE else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed, cpu_limit())
+    return max(1, int(cores))
 
 
 def cpus_of_nodes(n_nodes: int, n_threads: int) -> list[int | None]:

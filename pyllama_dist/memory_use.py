@@ -1,8 +1,24 @@
-"""Memory that this process holds."""
+"""Memory that this process holds, and what it may take."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
+
+from pyllama_dist.cgroups import memory_limit
+
+
+class MemoryHere(NamedTuple):
+    """Bytes of this machine's memory, as far as control groups give them to this process."""
+
+    total: int
+    available: int  # without swapping, and before anybody is ended for want of memory
+
+
+def memory_here() -> MemoryHere:
+    """The memory of this machine, or the part of it that a container or service may use."""
+    machine, (limit, left) = psutil.virtual_memory(), memory_limit()
+    return MemoryHere(int(min(machine.total, limit)), int(min(machine.available, left)))
 
 
 def resident_bytes(*, peak: bool = False) -> int:

@@ -6,10 +6,9 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from pyllama_dist.cores import available_cores
 from pyllama_dist.executor import kernels
+from pyllama_dist.memory_use import memory_here
 from pyllama_dist.net.messages import NodeInfo
 from pyllama_kernels.cpu import host
 
@@ -23,7 +22,7 @@ def node_info(n_threads: int) -> NodeInfo:
     return NodeInfo(
         n_threads=n_threads,
         cores=available_cores(),
-        memory=psutil.virtual_memory().available,
+        memory=memory_here().available,
         kernels=kernels(),
         cpu=host().cpu[:4096],
         machine=_machine(),

@@ -9,14 +9,13 @@ import secrets
 from typing import TypeVar
 
 import numpy as np
-import psutil
 
 import pyllama_dist.ops  # noqa: F401 - the ops that programs are made of
 from pyllama_dist import __version__
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.executor import Executor, make_executor
 from pyllama_dist.executor.memory import planned_bytes
-from pyllama_dist.memory_use import resident_bytes
+from pyllama_dist.memory_use import memory_here, resident_bytes
 from pyllama_dist.net.collectives import ALGORITHMS, AUTO
 from pyllama_dist.net.frames import check_raw
 from pyllama_dist.net.messages import (
@@ -181,7 +180,7 @@ class _Session:
         if net.collective not in (AUTO, *ALGORITHMS):
             raise ProtocolError(f"collective {net.collective!r} is unknown")
         check_program(net.program)
-        needed, available = planned_bytes(net.program), psutil.virtual_memory().available
+        needed, available = planned_bytes(net.program), memory_here().available
         if needed > available:
             raise NodeError(
                 f"needs {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are available; use more "

@@ -3,10 +3,12 @@
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -261,10 +263,24 @@ def _threads() -> set[threading.Thread]:
     return {thread for thread in threads if not isinstance(thread, GarbageCollectorThread)}
 
 
+def _sockets() -> set[str]:
+    """The sockets of this process, those with abstract names included; where Linux shows them."""
+    try:
+        files = list(Path("/proc/self/fd").iterdir())
+    except OSError:
+        return set()
+    found = set()
+    for file in files:
+        with suppress(OSError):  # the one that listed them
+            found.add(str(file.readlink()))
+    return {name for name in found if name.startswith("socket:")}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
-    """Threads and child processes end with the test that started them."""
+    """Threads, child processes and sockets end with the test that started them."""
     threads, processes = _threads(), set(psutil.Process().children(recursive=True))
+    sockets = _sockets()
     yield
     for thread in _threads() - threads:
         thread.join(5)
@@ -273,3 +289,7 @@ def _nothing_stays_behind() -> Iterator[None]:
     left = [thread.name for thread in _threads() - threads]
     assert not left, f"threads left behind: {left}"
     assert not alive, f"processes left behind: {alive}"
+    deadline = time.monotonic() + 5
+    while (open_still := _sockets() - sockets) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not open_still, f"sockets left behind: {open_still}"

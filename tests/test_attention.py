@@ -216,6 +216,7 @@ HEAD_DIMS = {
 }
 
 
+@pytest.mark.slow
 @EVERY_KIND
 @settings(max_examples=60)
 @given(st.data())

@@ -153,6 +153,7 @@ def test_a_slice_is_a_part_of_the_whole():
     assert np.array_equal(part, whole[3:9, 18:54])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny", "moe"])
 def test_a_random_model_says_the_same_on_one_node_and_on_two(shape):
     config = shapes.config_of(shape)

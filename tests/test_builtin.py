@@ -25,7 +25,7 @@ from pyllama_dist.root import Root
 from pyllama_dist.simulate import simulated_root
 from pyllama_kernels.pages import seq_blocks
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 N_SEQS = 20  # sequences that are answered side by side
 HELD_OUT = json.loads((BUILTIN / "heldout.json").read_text())

@@ -59,6 +59,7 @@ def test_logits_are_those_of_transformers(golden, n_nodes):
     assert np.abs(logits - expected["logits"]).max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_nodes", NODES)
 def test_greedy_tokens_are_those_of_transformers(golden, n_nodes):
     model, expected = golden
@@ -89,6 +90,7 @@ def test_one_by_one_gives_the_logits_of_a_batch(golden):
     assert np.abs(np.array(one_by_one) - expected["logits"]).max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_nodes", [2, 3, 5])
 def test_q80_sync_stays_close(golden, n_nodes):
     model, expected = golden

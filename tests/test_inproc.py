@@ -110,6 +110,7 @@ def test_quantized_weights_are_cut_between_blocks(tiny, run_of, alone, weights_t
         assert difference(conversation(root, run_of), alone(model)) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", list(Arch))
 @pytest.mark.parametrize("n_nodes", NODES)
 def test_q80_sync_costs_little(tiny, run_of, alone, arch, n_nodes):
@@ -524,6 +525,7 @@ def test_an_exchange_that_never_comes_is_a_deadline(talk):
     assert error.message == "sent nothing for 0 s (step 1, after start)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["hello", "meshed", "allocated", "ready"])
 @pytest.mark.parametrize(
     "last", [Bye(), Error(Phase.NET, "no"), Welcome(1, "", bytes(16), node_info(1)), None]

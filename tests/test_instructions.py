@@ -23,6 +23,8 @@ matmul.compile((uint8[::1], int64, uint8[:, :, ::1], float32[::1], float32[:, ::
 print(json.dumps([choose().name, *matmul.inspect_asm().values()]))
 """
 
+pytestmark = pytest.mark.slow
+
 _NONE = r"(?!)"  # matches nowhere
 _VEX = r"^\s+(\{\w+\}\s*)?v[a-z]|%[yz]mm"  # what came with AVX or later
 

@@ -268,6 +268,7 @@ def q40_product(isa, batch, n_rows, weight, bias, m):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", [*HERE, cpu.REFERENCE])
 @settings(max_examples=30)
 @given(rows, st.integers(0, 4), st.integers(0, 50), st.booleans(), seeds)

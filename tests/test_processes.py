@@ -30,7 +30,7 @@ from pyllama_dist.net.frames import HARD_LIMIT, MAX_CONTROL, encode, seal, unsea
 from pyllama_dist.net.messages import PROTOCOL, Welcome
 from pyllama_dist.node_info import node_info
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
 
 PYLLAMA = [sys.executable, "-m", "pyllama_dist"]
 # A worker that has no names: all connections to it are TCP.

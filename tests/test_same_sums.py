@@ -29,6 +29,7 @@ def scores(folder, **environment: str) -> bytes:
     return subprocess.run(command, env=os.environ | changed, check=True, capture_output=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     host().machine != "x86_64" or not {"avx512f", "fma"} <= set(features()),
     reason="needs a CPU that is wider than a Haswell",

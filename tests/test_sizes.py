@@ -16,6 +16,8 @@ from pyllama_dist.formats.convert import convert
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.sizes import model_sizes, node_sizes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -28,7 +28,7 @@ from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
 from pyllama_kernels.isa.amx import LEAST
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

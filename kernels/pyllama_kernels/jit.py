@@ -39,7 +39,11 @@ def _fingerprint() -> str:
 def cache_directory() -> Path | None:
     """The directory of compiled kernels, made if need be; None where no private one can be had."""
     base = os.environ.get("PYLLAMA_DIST_CACHE_DIR")
-    folder = (Path(base) if base else user_cache_path("pyllama-dist")) / f"kernels-{_fingerprint()}"
+    try:
+        folder = Path(base) if base else user_cache_path("pyllama-dist")
+    except RuntimeError:  # a user without a home directory
+        return None
+    folder /= f"kernels-{_fingerprint()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine = folder.stat()

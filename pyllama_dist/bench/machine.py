@@ -4,10 +4,9 @@ import os
 import platform
 from importlib.metadata import version
 
-import psutil
-
 from pyllama_dist import __version__
 from pyllama_dist.cores import available_cores
+from pyllama_dist.memory_use import memory_here
 from pyllama_kernels.bandwidth import MemoryReader
 from pyllama_kernels.cpu import features, host
 
@@ -23,7 +22,7 @@ def facts() -> dict[str, object]:
         "llvm_cpu": here.target,
         "features": sorted(features()),
         "cores": available_cores(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": memory_here().total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
 
@@ -44,4 +43,4 @@ def load_average() -> list[float]:
 
 def memory_reader(n_threads: int) -> MemoryReader:
     """So many threads and a buffer of 1 GiB, or of a quarter of the memory that is available."""
-    return MemoryReader(n_threads, min(_BUFFER, psutil.virtual_memory().available // 4))
+    return MemoryReader(n_threads, min(_BUFFER, memory_here().available // 4))

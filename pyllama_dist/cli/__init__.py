@@ -5,13 +5,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import click
 
 from pyllama_dist import __version__
-from pyllama_dist.errors import PyllamaError
+from pyllama_dist.cli.streams import drop_output, prepare_streams
+from pyllama_dist.errors import OutputError, PyllamaError, refused_by_system
 
 _COMMANDS = {
     "root": "Ask a model: one answer, or a chat.",
@@ -63,30 +66,44 @@ def main() -> None:
     variable = os.environ.get("PYLLAMA_DIST_DEBUG", "")
     debug = "--debug" in sys.argv[1:2] or variable.lower() not in ("", "0", "false", "no", "off")
     signal.signal(signal.SIGTERM, _terminate)
+    prepare_streams()
+    code = _exit_code(lambda: group(prog_name="pyllama-dist", standalone_mode=False), debug)
+    if code == _INTERRUPTED:
+        _exit_now(code)
+    unwritten = _exit_code(sys.stdout.flush, debug)
+    sys.exit(code or unwritten)
+
+
+def _exit_code(action: Callable[[], Any], debug: bool) -> int:
+    """Runs something; says what went wrong, and returns how the program is to end."""
     try:
-        sys.exit(group(prog_name="pyllama-dist", standalone_mode=False))
-    except PyllamaError as error:
-        if debug:
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        return action() or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        return _failed(error.format_message(), error.exit_code)
     except click.ClickException as error:
         said = error.format_message().rstrip(".")
-        click.echo(f"error: {said}; --help shows what can be given", err=True)
-        sys.exit(error.exit_code)
+        return _failed(f"error: {said}; --help shows what can be given", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        click.echo("interrupted", err=True)
-        _exit_now(_INTERRUPTED)
+        return _failed("interrupted", _INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # who read our output has gone: nothing is left to say
-        sys.exit(1)
+        drop_output()  # who read our output has gone: nothing is left to say
+        return 1
     except Exception as error:
+        if isinstance(error, OutputError):
+            drop_output()
         if debug:
             raise
+        known = error if isinstance(error, PyllamaError) else refused_by_system(error)
+        if known is not None:
+            return _failed(f"error: {known}", known.exit_code)
         kind = type(error).__name__
-        click.echo(f"internal error: {kind}: {error}; add --debug before the command", err=True)
-        sys.exit(1)
+        return _failed(f"internal error: {kind}: {error}; add --debug before the command", 1)
+
+
+def _failed(said: str, code: int) -> int:
+    click.echo(said, err=True)
+    return code
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from pyllama_dist import __version__
 from pyllama_dist.cli.options import option
 
 _OK, _NOTE, _PROBLEM = "ok", "note", "problem"
-_SIGNS = {_OK: "[green]✓[/]", _NOTE: "[yellow]![/]", _PROBLEM: "[red]✗[/]"}
+_COLORS = {_OK: "green", _NOTE: "yellow", _PROBLEM: "red"}
 _LIBRARIES = ("numpy", "numba", "llvmlite", "pyzmq", "msgpack")
 
 _BUSY = 0.5  # share of the cores that others may take before steps wait for them
@@ -51,7 +50,7 @@ def command(as_json: bool) -> None:
     else:
         _print(checks)
     if any(check.state == _PROBLEM for check in checks):
-        sys.exit(1)
+        click.get_current_context().exit(1)
 
 
 def _print(checks: list[Check]) -> None:
@@ -62,7 +61,8 @@ def _print(checks: list[Check]) -> None:
     table = Table("", "check", Column("found", overflow="fold"), show_header=False)
     for check in checks:
         advice = f"\n[yellow]{escape(check.advice)}[/]" if check.advice else ""
-        table.add_row(_SIGNS[check.state], check.name, escape(check.found) + advice)
+        state = f"[{_COLORS[check.state]}]{check.state}[/]"
+        table.add_row(state, check.name, escape(check.found) + advice)
     Console().print(table)
 
 
@@ -133,11 +133,11 @@ def _load(load: float) -> Check:
 
 
 def _memory() -> Iterator[Check]:
-    import psutil
+    from pyllama_dist.memory_use import memory_here
 
-    memory = psutil.virtual_memory()
+    memory = memory_here()
     found = f"{memory.total / 1e9:.1f} GB, available {memory.available / 1e9:.1f} GB"
-    facts = {"total_bytes": memory.total, "available_bytes": memory.available}
+    facts: dict[str, object] = {"total_bytes": memory.total, "available_bytes": memory.available}
     if memory.available < _SCARCE * memory.total:
         advice = "end other programs, or use workers on other machines"
         yield Check("memory", _NOTE, found, advice, facts)

@@ -28,6 +28,7 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
 
     from pyllama_dist.cluster import open_root
     from pyllama_dist.engine.engine import Engine
+    from pyllama_dist.formats.atomic_write import atomic_write
     from pyllama_dist.formats.dllama.model_file import ModelFile
     from pyllama_dist.models import ARCHITECTURES
 
@@ -40,8 +41,10 @@ def command(model: Path | None, tokens: str, out: Path, **cluster_settings: Any)
             root = stack.enter_context(open_root(file, cluster, progress))
         logits = stack.enter_context(Engine(root)).logits(ids)
     try:
-        with out.open("wb") as target:
-            np.save(target, logits)
+        with atomic_write(out) as target:
+            header = np.lib.format.header_data_from_array_1_0(logits)
+            np.lib.format.write_array_header_1_0(target, header)
+            target.write(logits.data)  # np.save would not say why it cannot
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     click.echo(f"{out}: float32 {list(logits.shape)}")

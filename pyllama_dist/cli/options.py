@@ -1,6 +1,7 @@
 """Options that several commands share. Each also reads its `PYLLAMA_DIST_...` variable."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ from pyllama_kernels.pages import KV_BLOCK
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
+
+
+def text(value: str) -> str:
+    """The type of options that are text for a model: bytes that are no UTF-8 become U+FFFD.
+
+    Python hands such bytes over as lone surrogates, which no tokenizer takes.
+    """
+    return os.fsencode(value).decode(errors="replace")
 
 
 def option(flag: str, *names: str, **settings: Any) -> Callable[[_F], _F]:

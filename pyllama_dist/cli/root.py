@@ -13,6 +13,7 @@ from pyllama_dist.cli.options import (
     make_cluster,
     option,
     progress_bar,
+    text,
     tokenizer_option,
 )
 from pyllama_dist.errors import UsageError
@@ -21,8 +22,8 @@ from pyllama_dist.errors import UsageError
 @click.command("root", cls=SpaceSeparated)
 @cluster_options
 @tokenizer_option
-@option("--prompt", help="Answer this and end. Without it: a chat.")
-@option("--system", help="What the model is told before the conversation.")
+@option("--prompt", type=text, help="Answer this and end. Without it: a chat.")
+@option("--system", type=text, help="What the model is told before the conversation.")
 @option(
     "--think/--no-think",
     default=None,

@@ -79,6 +79,7 @@ def _print(pieces: Iterable[Piece]) -> None:
     if thinking and aside is not sys.stdout:
         aside.write("\n")
     sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def _tell_if_raw(conversation: Conversation) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from pyllama_dist.cli import options
 from pyllama_dist.cli.options import BUILTIN, option, tokenizer_option
 from pyllama_dist.errors import UsageError
 
@@ -14,7 +15,7 @@ from pyllama_dist.errors import UsageError
     "--model", type=click.Path(path_type=Path), help="Directory made by `convert`, or a .m file."
 )
 @tokenizer_option
-@click.argument("text")
+@click.argument("text", type=options.text)
 @option("--chat", is_flag=True, help="As the message of a user, in the model's template.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
