@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from pyllama_dist.chat import Conversation, open_model
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.config import FloatType
+from pyllama_dist.conversation import Conversation, open_model
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.engine.sampler import Sampling
 from pyllama_dist.models import ARCHITECTURES

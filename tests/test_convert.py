@@ -13,9 +13,9 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken
 
-from pyllama_dist.chat import open_model
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.config import FloatType
+from pyllama_dist.conversation import open_model
 from pyllama_dist.errors import FileError, UsageError
 from pyllama_dist.formats import convert as convert_module
 from pyllama_dist.formats.convert import Report, convert

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from pyllama_dist import cores
-from pyllama_dist.chat import open_model
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.cluster import Cluster, open_root
+from pyllama_dist.conversation import open_model
 from pyllama_dist.cores import cpus_of_nodes, keep, kept_to
 from pyllama_dist.program import Batch
 

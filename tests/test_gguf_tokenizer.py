@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import TokenType
 
-from pyllama_dist.chat import open_model
+from pyllama_dist.conversation import open_model
 from pyllama_dist.text.tokenizer import Tokenizer
 from tests.checkpoints import byte_tokenizer
 from tests.gguf_files import Metadata, golden_gguf, refusal, run, sentencepiece_metadata

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pyllama_dist.formats.replacing import replacing
 
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.errors import SystemLimitError, refused_by_system
+from pyllama_dist.formats.atomic_write import atomic_write
 from pyllama_kernels import jit
 
 pytestmark = pytest.mark.timeout(120)
@@ -239,7 +239,7 @@ def test_replacing_writes_devices_and_pipes(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with replacing(pipe) as file:
+    with atomic_write(pipe) as file:
         file.write(b"through")
     assert os.read(reader, 100) == b"through"
     os.close(reader)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pyllama_dist.chat import open_model
+from pyllama_dist.conversation import open_model
 from pyllama_dist.text.tokenizer import Tokenizer
 from tests.checkpoints import SPECIAL, converted, write_checkpoint
 

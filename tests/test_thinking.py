@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyllama_dist.chat import Answer, Conversation
 from pyllama_dist.cli import talk
+from pyllama_dist.conversation import Answer, Conversation
 from pyllama_dist.engine.sampler import Sampling
 from pyllama_dist.errors import UsageError
 from pyllama_dist.text.special import MARK, Rendered

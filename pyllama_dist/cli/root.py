@@ -57,9 +57,9 @@ def command(
     Sampling that is not given here follows the model's generation_config.json, and then
     distributed-llama: temperature 0.8, top-p 0.9.
     """
-    from pyllama_dist.chat import Conversation, open_model
     from pyllama_dist.cli import talk
     from pyllama_dist.cluster import open_root
+    from pyllama_dist.conversation import Conversation, open_model
     from pyllama_dist.engine.engine import Engine
 
     if as_json and prompt is None:

@@ -10,8 +10,8 @@ from typing import Self
 
 import click
 
-from pyllama_dist.chat import Answer, Conversation
 from pyllama_dist.cli.prompt import messages
+from pyllama_dist.conversation import Answer, Conversation
 from pyllama_dist.errors import UsageError
 from pyllama_dist.text.thinking import Piece
 
