@@ -41,9 +41,10 @@ def has(gigabytes, machine):
 
 @pytest.fixture
 def three(tiny):
-    """Programs of three nodes that each need 4 to 6 GB."""
+    """Programs of three nodes that each need 4 GB or more."""
     big = [
-        replace(program, n_seqs=1, n_blocks=1, seq_len=1 << 24) for program in tiny().programs(3)
+        replace(program, n_seqs=1, n_blocks=1 << 17, seq_len=1 << 24)
+        for program in tiny().programs(3)
     ]
     assert all(3e9 < planned_bytes(program) < 30e9 for program in big)
     return big

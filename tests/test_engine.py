@@ -14,7 +14,6 @@ from pyllama_dist.engine.sampler import Sampler, Sampling
 from pyllama_dist.engine.sequence import Request
 from pyllama_dist.errors import NodeError, ProtocolError, UsageError
 from pyllama_dist.program import Batch
-from pyllama_dist.root import Root
 from pyllama_dist.simulate import simulated_root
 from tests.fake_root import FakeRoot
 
@@ -318,7 +317,7 @@ def test_each_of_a_crowd_on_nodes_gets_what_it_gets_alone(tiny, n_nodes):
 @pytest.fixture
 def real(tiny):
     model = tiny(weights=FloatType.Q40)
-    with Root(model, model.programs(1, seq_len=32), n_threads=1) as root:
+    with simulated_root(model, model.programs(1, seq_len=32)) as root:
         yield root
 
 

@@ -102,7 +102,8 @@ def test_nodes_share_a_model_and_repeat_what_each_needs():
     kv_heads = [node.share.kv_heads for node in nodes]
     assert kv_heads == [(0, 3), (2, 6), (5, 8)]  # of 8, for 32 query heads each
     assert [node.cache_bytes for node in nodes] == [
-        100 * 2 * 46 * heads * 128 // 32 * 34 for heads in (3, 4, 3)
+        128 * 2 * 46 * heads * 128 // 32 * 34
+        for heads in (3, 4, 3)  # whole blocks of positions
     ]
     # Both holders of two key heads: matrices and biases of keys and values. All: norms and routers.
     heads = 2 * 2 * 46 * 128 * (4096 * 18 // 32 + 4)

@@ -15,15 +15,18 @@ from pyllama_dist.conversation import Answer, Conversation
 from pyllama_dist.errors import UsageError
 from pyllama_dist.text.thinking import Piece
 
+_PATIENCE = 2.0  # seconds for a step to end after ^C
+
 
 class _Interrupt:
     """The first ^C cancels an answer, so that a step can end in order; the second one interrupts.
 
-    To be used as a context around the answer.
+    To be used as a context around the answer. Where nothing comes after the answer, a step that
+    goes on for long is interrupted without a second ^C.
     """
 
-    def __init__(self) -> None:
-        self._raised = False
+    def __init__(self, *, last: bool = False) -> None:
+        self._last, self._raised = last, False
         self._answer: Answer | None = None
 
     def cancels(self, answer: Answer) -> Answer:
@@ -34,22 +37,29 @@ class _Interrupt:
         return answer
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGALRM)
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raised:
             raise KeyboardInterrupt
         self._raised = True
+        if self._last:
+            signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
         if self._answer is not None:
             self._answer.generation.cancel()
 
 
-def _stream(conversation: Conversation, text: str, steps: int) -> Answer:
-    with _Interrupt() as interrupt:
+def _stream(conversation: Conversation, text: str, steps: int, *, last: bool = False) -> Answer:
+    with _Interrupt(last=last) as interrupt:
         answer = interrupt.cancels(conversation.ask(text, steps))
         _print(answer)
     return answer
@@ -94,7 +104,7 @@ def _tell_if_raw(conversation: Conversation) -> None:
 def answer(conversation: Conversation, prompt: str, steps: int) -> None:
     """Prints one answer as it comes, and what it took on standard error."""
     _tell_if_raw(conversation)
-    done = _stream(conversation, prompt, steps)
+    done = _stream(conversation, prompt, steps, last=True)
     click.echo(_summary(conversation, done), err=True)
     if done.generation.finish_reason == "interrupted":
         raise KeyboardInterrupt
@@ -102,7 +112,7 @@ def answer(conversation: Conversation, prompt: str, steps: int) -> None:
 
 def answer_json(conversation: Conversation, prompt: str, steps: int) -> None:
     """Prints one answer as a JSON object."""
-    with _Interrupt() as interrupt:
+    with _Interrupt(last=True) as interrupt:
         done = interrupt.cancels(conversation.ask(prompt, steps))
         for _ in done:
             pass

@@ -143,7 +143,7 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(at_once=isinstance(error, KeyboardInterrupt))
+        self.close(at_once=isinstance(error, KeyboardInterrupt | SystemExit))
 
     def _check(self, request: Request) -> None:
         prompt, vocab = request.prompt, self.root.vocab_size
