@@ -87,8 +87,8 @@ def silu_mul(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def merge_f32(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     a, z = share(rows * n, part, parts)
-    slots_ = f32(op.a, op.parts, op.stride // 4)
-    ops.merge_f32(slots_[:, a:z], f32(op.out, rows * n)[a:z])
+    regions = f32(op.a, op.parts, op.stride // 4)
+    ops.merge_f32(regions[:, a:z], f32(op.out, rows * n)[a:z])
 
 
 @entry
