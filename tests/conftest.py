@@ -30,7 +30,7 @@ from pyllama_dist.config import (
 from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import Memory, own_blocks
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.models.plan import ShardingPlan, shards
 from pyllama_dist.net.inproc import Hub
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.program import Batch, Program, Span, weights
@@ -157,7 +157,7 @@ class TinyModel:
         if n_blocks is None:
             n_blocks = n_seqs * seq_blocks(seq_len)
         limits = max_rows, max_logits, n_seqs, n_blocks, seq_len
-        plan = Plan(shares(c, n_nodes), sync, cache, *limits)
+        plan = ShardingPlan(shards(c, n_nodes), sync, cache, *limits)
         return [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
 
     def fill(self, memory: Memory) -> None:

@@ -234,24 +234,24 @@ def test_gather(kernels, n_rows, count, n, seed):
         np.testing.assert_array_equal(found, x[row])
 
 
-# --- threads' shares
+# --- splits of work among threads
 
 
 @given(st.integers(0, 10_000), st.integers(1, 33))
-def test_shares_of_threads_tile_the_whole(total, n_threads):
-    shares = [optable.share(total, thread, n_threads) for thread in range(n_threads)]
-    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
-    assert shares[-1][1] == total
-    sizes = [stop - start for start, stop in shares]
+def test_a_split_tiles_the_whole(total, n_threads):
+    ranges = [optable.split(total, thread, n_threads) for thread in range(n_threads)]
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == total
+    sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 1
 
 
 @given(st.integers(0, 10_000), st.integers(1, 33))
-def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
-    shares = [oploop.falling_share(total, part, parts) for part in range(parts)]
-    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
-    assert shares[-1][1] == total
-    sizes = [stop - start for start, stop in shares]
+def test_a_guided_split_tiles_the_whole_and_its_parts_get_smaller(total, parts):
+    ranges = [oploop.guided_split(total, part, parts) for part in range(parts)]
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == total
+    sizes = [stop - start for start, stop in ranges]
     assert all(later <= sooner + 1 for sooner, later in itertools.pairwise(sizes))
     assert abs(sizes[-1] - total / parts**3) <= 1
 

@@ -51,8 +51,8 @@ def open_session(
         NodeError: a worker cannot be reached, refuses, or is lost.
     """
     config = source.config
-    plans = programs(config, cluster)
-    sizes = list(map(matrix_bytes, plans))
+    made = programs(config, cluster)
+    sizes = list(map(matrix_bytes, made))
     # Workers of this machine come right after the root.
     here = 1 + cluster.local_workers + sum(worker.is_loopback for worker in cluster.workers)
     with open_root(source, cluster, progress) as root, Engine(root) as engine:
@@ -77,5 +77,5 @@ def open_session(
                 max_rows=program.max_rows,
             ),
             bytes_here=sum(sizes[:here]),
-            programs=plans,
+            programs=made,
         )

@@ -15,7 +15,7 @@ from pyllama_dist.models import (
     qwen3,
     qwen3_moe,
 )
-from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.plan import ShardingPlan
 from pyllama_dist.program import Program
 
 
@@ -23,7 +23,7 @@ from pyllama_dist.program import Program
 class Model(Architecture):
     """An architecture, with the way to write a node's program."""
 
-    build: Callable[[ModelConfig, Plan, int], Program]
+    build: Callable[[ModelConfig, ShardingPlan, int], Program]
 
 
 ARCHITECTURES: dict[Arch, Model] = {
