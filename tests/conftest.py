@@ -228,24 +228,26 @@ def serving() -> Callable[..., object]:
 
     @contextmanager
     def serve_for_a_while(hub: Hub, count: int, n_threads: int = 1) -> Iterator[list[Address]]:
-        doors = [hub.listen() for _ in range(count)]
+        listeners = [hub.listen() for _ in range(count)]
         crashes: list[BaseException] = []
 
-        def work(door: object) -> None:
+        def work(listener: object) -> None:
             try:
-                with suppress(LostError):  # the door was closed
-                    serve(door, n_threads)
+                with suppress(LostError):  # the listener was closed
+                    serve(listener, n_threads)
             except BaseException as error:
                 crashes.append(error)
 
-        threads = [threading.Thread(target=work, args=(door,), name="worker") for door in doors]
+        threads = [
+            threading.Thread(target=work, args=(listener,), name="worker") for listener in listeners
+        ]
         for thread in threads:
             thread.start()
         try:
-            yield [Address("inproc", door.port) for door in doors]
+            yield [Address("inproc", listener.port) for listener in listeners]
         finally:
-            for door in doors:
-                door.close()
+            for listener in listeners:
+                listener.close()
             for thread in threads:
                 thread.join(20)
         assert not any(thread.is_alive() for thread in threads)

@@ -12,7 +12,7 @@ PROTOCOL = 6  # version of the protocol
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
-Doors = Annotated[tuple[tuple[Port, Name], ...], Meta(max_length=256)]
+Endpoints = Annotated[tuple[tuple[Port, Name], ...], Meta(max_length=256)]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
 Count = Annotated[int, Meta(ge=1, le=4096)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
@@ -72,16 +72,16 @@ class Join(_Message, frozen=True, tag="join"):
 
 
 class Bound(_Message, frozen=True, tag="bound"):
-    """Worker: a door for each lower node."""
+    """Worker: an endpoint for each lower node."""
 
-    doors: Doors
+    endpoints: Endpoints
 
 
 class Peers(_Message, frozen=True, tag="peers"):
-    """Root: where all nodes are, and the doors of the higher ones."""
+    """Root: where all nodes are, and the endpoints of the higher ones."""
 
     addresses: Annotated[tuple[Text, ...], Meta(max_length=256)]
-    doors: Doors
+    endpoints: Endpoints
 
 
 class Link(_Message, frozen=True, tag="link"):

@@ -116,22 +116,20 @@ def bind(socket: Socket, host: str, port: int) -> int:
             else "is that an address of this machine?"
         )
         raise errors.NodeError(f"cannot listen on {host}:{port}: {error}; {remedy}") from None
-    endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-    return int(endpoint.rpartition(":")[2])
+    url = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    return int(url.rpartition(":")[2])
 
 
-def connect(socket: Socket, endpoint: str) -> None:
+def connect(socket: Socket, url: str) -> None:
     """Begins to connect.
 
     Raises:
         NodeError: the address cannot be one.
     """
     try:
-        socket.connect(endpoint)
+        socket.connect(url)
     except zmq.ZMQError as error:
-        raise errors.NodeError(
-            f"cannot connect to {endpoint}: {error}; is the address right?"
-        ) from None
+        raise errors.NodeError(f"cannot connect to {url}: {error}; is the address right?") from None
 
 
 def readable(socket: Socket) -> bool:
