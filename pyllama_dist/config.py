@@ -44,10 +44,10 @@ class Arch(StrEnum):
 
 
 class Pairs(StrEnum):
-    """Which values of a head rope turns together."""
+    """Which two values of a head RoPE rotates as a pair."""
 
     ADJACENT = "adjacent"  # (2i, 2i + 1)
-    HALVES = "halves"  # (i, i + half of what turns)
+    HALVES = "halves"  # (i, i + rotary_dim / 2)
 
 
 class Scoring(StrEnum):
@@ -118,7 +118,7 @@ class ModelConfig:
     n_heads: int  # [num_attention_heads]
     n_kv_heads: int  # [num_key_value_heads]
     head_dim: int
-    rotary_dim: int  # the first values of each head that turn: head_dim * partial_rotary_factor
+    rotary_dim: int  # the first values of each head get RoPE: head_dim * partial_rotary_factor
     vocab_size: int
     max_seq_len: int  # [max_position_embeddings]
     rope_theta: float

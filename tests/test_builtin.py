@@ -174,8 +174,8 @@ def float_logits(parts, tokens: list[int]) -> np.ndarray:
 
     def rope(x: np.ndarray) -> np.ndarray:
         pairs = x[..., : 2 * half].reshape(n, -1, half, 2)
-        turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
-        flat = np.stack([turned.real, turned.imag], -1).reshape(n, -1, 2 * half)
+        rotated = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+        flat = np.stack([rotated.real, rotated.imag], -1).reshape(n, -1, 2 * half)
         return np.concatenate([flat, x[..., 2 * half :]], -1)
 
     x = weight("embed_tokens.weight")[tokens]

@@ -1,4 +1,4 @@
-"""The compiled kernels of a layer and their NumPy twins, against plain arithmetic.
+"""The compiled kernels of a layer and their reference implementations, against plain arithmetic.
 
 Products of matrices are in `test_matrix`, attention in `test_attention`.
 """
@@ -105,10 +105,10 @@ def test_rope_is_a_turn_of_complex_numbers(kernels, n_rows, heads, pairs, rest, 
     real, imaginary = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     if halves:
         real, imaginary = slice(0, pairs), slice(pairs, 2 * pairs)
-    turned = before[:, :, real] + 1j * before[:, :, imaginary]
+    rotated = before[:, :, real] + 1j * before[:, :, imaginary]
     for pair in range(pairs):
         angles = positions * theta ** (-pair / pairs)
-        expected = turned[:, :, pair] * np.exp(1j * angles)[:, None]
+        expected = rotated[:, :, pair] * np.exp(1j * angles)[:, None]
         found = x[:, :, real][:, :, pair] + 1j * x[:, :, imaginary][:, :, pair]
         np.testing.assert_allclose(found, expected, atol=5e-6)
     np.testing.assert_array_equal(x[:, :, 2 * pairs :], before[:, :, 2 * pairs :])
@@ -116,7 +116,7 @@ def test_rope_is_a_turn_of_complex_numbers(kernels, n_rows, heads, pairs, rest, 
 
 
 @KERNELS
-def test_turned_products_depend_on_the_distance_alone(kernels):
+def test_rotated_products_depend_on_the_distance_alone(kernels):
     cos, sin = rope_tables(64, 16, 10_000.0)
     query, key = normal(1, 16), normal(2, 16)
     products = []

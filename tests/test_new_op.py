@@ -142,9 +142,9 @@ def logits_of(model, tokens: tuple[int, ...]) -> np.ndarray:
         pairs = np.arange(c.rotary_dim // 2)
         angles = np.outer(np.arange(n), c.rope_theta ** (-2 * pairs / c.rotary_dim))
         first, second = x[..., 0 : c.rotary_dim : 2], x[..., 1 : c.rotary_dim : 2]
-        turned = (first + 1j * second) * np.exp(1j * angles)[:, None]
+        rotated = (first + 1j * second) * np.exp(1j * angles)[:, None]
         out = x.copy()
-        out[..., 0 : c.rotary_dim : 2], out[..., 1 : c.rotary_dim : 2] = turned.real, turned.imag
+        out[..., 0 : c.rotary_dim : 2], out[..., 1 : c.rotary_dim : 2] = rotated.real, rotated.imag
         return out
 
     x = model.values("embed_tokens")[list(tokens)]

@@ -1,4 +1,4 @@
-"""The compiled op loop: a table of ops, and the threads that work through it together.
+"""The compiled op loop: a team of threads works through a table of ops.
 
 A row of the table is one op: its entry, the addresses of its memory and its sizes. An op is cut by
 its outputs (rows of a matrix, heads, blocks) into ranges and parts, so that no result depends on

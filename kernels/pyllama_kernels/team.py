@@ -1,15 +1,15 @@
-"""Threads that share the work of one op after the other without leaving compiled code.
+"""A pool of threads that works through the ops of a step without leaving compiled code.
 
-The op that is being worked on is *open*: it is cut into ranges, one for each thread, and those into
-parts. A thread takes the parts of its own range one after the other, so what it reads lies in a
-row; then it helps others with what is left of theirs. Whoever finishes the last part opens the next
-op, or does it alone if it has one part. So nobody waits for a thread that the system has put aside,
-unless it holds a part; the others do its share.
+The current op is *open*: it is cut into ranges, one for each thread, and each range into parts, the
+work items. A thread takes the parts of its own range in their order, which is a sequential read of
+memory; then it takes parts that are left in the ranges of others (work stealing). The thread that
+finishes the last part opens the next op, or runs it alone if it has one part. There is no barrier:
+a preempted thread delays the others only while it holds a part.
 
-A team shares one int64 array, `state`. Words that are read often lie on cache lines of their
-own. Each range has a ticket: number of the open op, its ranges, parts of a range, and parts taken
-of this one so far. It is read and counted up in one atomic step, so a thread that was away for long
-cannot take a part that does not exist any more.
+A team shares one int64 array, `state`. Words that are read often lie on cache lines of their own.
+Each range has a ticket: number of the open op, its ranges, parts of a range, and parts taken of
+this one so far. One atomic fetch-and-add reads and increments it, so a thread that was preempted
+for long cannot take a part of an op that is over.
 """
 
 from typing import Any
@@ -41,13 +41,13 @@ _MASK = (1 << _BITS) - 1
 
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
 _AHEAD, _LINES = 4096, 8  # bytes that are brought near, some lines with each spin
-_YIELDS = 50  # then give the core away
+_YIELDS = 50  # then yield the core
 _LINGERS = 12000  # spins between two steps: some 300 microseconds, in which a token is chosen
-_NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
+_NAP = 50  # then sleep, microseconds at a time: a thread that still works may need this core
 
 
 def new_state(n_threads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The shared words of a team, at rest."""
+    """The shared words of a team with no op open."""
     return np.zeros(_TICKET + _LINE * n_threads, np.int64)
 
 
