@@ -24,12 +24,12 @@ Answer = dict[str, Any]
 Starting = Callable[[str], None]  # told what runs next
 
 
-class Engine:
+class Measurer:
     """A process that answers each line of JSON with one."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         if process.stdin is None or process.stdout is None:
-            raise TypeError("an engine without pipes")
+            raise TypeError("a measurer without pipes")
         self.name, self.pid = name, process.pid
         self._process, self._log = process, log
         self._orders, self._answers = process.stdin, process.stdout
@@ -61,7 +61,7 @@ class Engine:
 
 
 @contextmanager
-def running(name: str, command: list[str | Path], **environment: str) -> Iterator[Engine]:
+def running(name: str, command: list[str | Path], **environment: str) -> Iterator[Measurer]:
     """A process that ends with the context; what it prints besides answers goes to a log."""
     CACHE.mkdir(parents=True, exist_ok=True)
     log = CACHE / f"compare-{name}.log"
@@ -74,11 +74,11 @@ def running(name: str, command: list[str | Path], **environment: str) -> Iterato
             stderr=errors,
             text=True,
         )
-        engine = Engine(name, process, log)
+        measurer = Measurer(name, process, log)
         try:
-            yield engine
+            yield measurer
         finally:
-            engine.end()
+            measurer.end()
 
 
 class Others:

@@ -327,7 +327,7 @@ def found():
     runs = [Run(1.0, 0.8, 0.2, 5000), Run(2.0, 1.2, 0.8, 5000)]
     return report.Report(
         date="2026-01-02T03:04:05+00:00",
-        model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
+        model=report.ModelFacts("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
         setting=report.Setting("portable", 2, 2, 1, "q80", "auto", 20, 32),
         results=[
             Result(

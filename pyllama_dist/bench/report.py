@@ -13,7 +13,7 @@ from pyllama_dist.bench.traffic import Traffic
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What was run."""
 
     model: str
@@ -42,7 +42,7 @@ class Report:
     """Everything that one run of the benchmark has found."""
 
     date: str  # ISO 8601
-    model: Model
+    model: ModelFacts
     setting: Setting
     results: Sequence[Result]
     traffic: Mapping[Test, Sequence[Traffic]]  # of one run: each node's, worked out

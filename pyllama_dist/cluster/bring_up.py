@@ -27,7 +27,7 @@ from pyllama_dist.workers import Workers
 Planner = Callable[[Mapping[str, NodeInfo]], Sequence[Program]]
 
 
-class Model(WeightSource, Protocol):
+class ModelSource(WeightSource, Protocol):
     """Weights and what they belong to: a `.m` file."""
 
     @property
@@ -85,7 +85,7 @@ def bring_up(
 
 
 @contextmanager
-def open_root(model: Model, cluster: Cluster, progress: Progress) -> Iterator[Root]:
+def open_root(model: ModelSource, cluster: Cluster, progress: Progress) -> Iterator[Root]:
     """A root whose workers are ready; at the end everything that was started is ended.
 
     Args:

@@ -11,8 +11,8 @@ PROTOCOL = 6  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Name = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
-Endpoints = Annotated[tuple[tuple[Port, Name], ...], Meta(max_length=256)]
+SocketName = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
+Endpoints = Annotated[tuple[tuple[Port, SocketName], ...], Meta(max_length=256)]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
 Count = Annotated[int, Meta(ge=1, le=4096)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
