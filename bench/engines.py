@@ -1,4 +1,4 @@
-"""Processes that stay and measure on demand: a JSON line in, a JSON line out. Linux only."""
+"""Benchmark processes that measure on request, in lines of JSON. Linux only."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Starting = Callable[[str], None]  # told what runs next
 
 
 class Measurer:
-    """A process that answers each line of JSON with one."""
+    """A process that answers each request, a line of JSON, with one line of JSON."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         if process.stdin is None or process.stdout is None:
@@ -53,7 +53,7 @@ class Measurer:
         return answer
 
     def end(self) -> None:
-        """Waits until the process, which is told no more, has ended."""
+        """Closes the process's input and waits until it has ended."""
         with suppress(BrokenPipeError):
             self._orders.close()
         self._process.wait()
@@ -82,7 +82,7 @@ def running(name: str, command: list[str | Path], **environment: str) -> Iterato
 
 
 class Others:
-    """How busy the cores are with what is not being measured."""
+    """CPU use by processes that are not measured."""
 
     def __init__(self, pids: list[int]) -> None:
         """Begins to count.

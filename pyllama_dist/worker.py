@@ -134,7 +134,7 @@ class _Session:
                 raise ProtocolError(f"received {found}, expected {wanted}")
 
     def hello(self, first: Message) -> bytes:
-        """HELLO: who is who."""
+        """HELLO: exchanges versions and identities with the root."""
         hello = self.of_kind(Hello, first)
         if hello.protocol != PROTOCOL:
             raise ProtocolError(

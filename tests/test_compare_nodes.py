@@ -140,7 +140,6 @@ class FakeServer:
 @pytest.fixture
 def measured(nodes, monkeypatch):
     """Measures with servers that are not there: their notes, and what was found last."""
-    monkeypatch.setattr(nodes.psutil, "Process", lambda pid: None)
     monkeypatch.setattr(
         nodes, "Others", lambda pids: type("Fake", (), {"cores": lambda self: len(pids) / 8})()
     )

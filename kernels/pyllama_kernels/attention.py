@@ -75,7 +75,7 @@ def scratch_bytes(head_dim: int) -> int:
 def _next_rows(
     seqs: Any, positions: Any, begin: int, group: int, free: int
 ) -> tuple[int, int, bool]:
-    """The rows of one sequence from `begin` on that are taken together.
+    """Finds the rows of one sequence from `begin` on that form a batch.
 
     Returns the row after the last one, the chunks of their positions, and whether each of these is
     a part of its own: then there is room for them among the cells that are free.

@@ -244,12 +244,14 @@ def run(
 
 @kernel
 def begin_step(state: Any) -> None:
-    """Threads that follow are to stay from now on."""
+    """Keeps follower threads inside the compiled loop from now on."""
     atomic_store(state, STEPPING, 1)
-    atomic_add(state, STEPPING, 0)  # a store alone could still be on its way: see `may_leave`
+    atomic_add(
+        state, STEPPING, 0
+    )  # a full fence: a store may still be in the store buffer; see `may_leave`
 
 
 @kernel
 def end_step(state: Any) -> None:
-    """Threads that follow may leave from now on."""
+    """Lets follower threads leave the compiled loop from now on."""
     atomic_store(state, STEPPING, 0)

@@ -97,7 +97,7 @@ def are_last(state: Any, done: int, parts: int) -> bool:
 
 @kernel
 def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
-    """Waits until the op is no longer open, and brings near what will be read from `ahead`."""
+    """Waits until the op is no longer open; prefetches the weights at address `ahead` meanwhile."""
     tries = 0
     while atomic_load(state, _TICKET + _LINE * thread) >> (3 * _BITS) == op:
         first = _LINES * LINE * tries
@@ -109,19 +109,19 @@ def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
 
 @kernel
 def enter(state: Any, thread: int) -> None:
-    """A thread that follows comes."""
+    """Counts a follower thread as inside the compiled loop."""
     atomic_add(state, _INSIDE + _LINE * thread, 1)
 
 
 @kernel
 def is_inside(state: Any, thread: int) -> bool:
-    """Whether a thread that follows is there, and stays until the step is over."""
+    """Whether a follower thread is inside the compiled loop, where it stays until the step ends."""
     return atomic_add(state, _INSIDE + _LINE * thread, 0) > 0
 
 
 @kernel
 def wait_for_command(state: Any, command: int, thread: int) -> bool:
-    """Waits until a later command is given; False if no step is going on and none begins soon."""
+    """Waits for the next command; False if no step is running and none begins in time."""
     tries = lingers = 0
     while atomic_load(state, COMMAND) == command:
         if atomic_load(state, STEPPING):

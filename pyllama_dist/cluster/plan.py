@@ -152,14 +152,14 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
 
 
 def _cache_type(config: ModelConfig) -> FloatType:
-    """How keys and values are kept if nobody says: as activations are, where heads allow it."""
+    """Default dtype of the KV cache: that of activations, or F16 if heads are not whole blocks."""
     if config.weights is FloatType.F32:
         return FloatType.F32
     return FloatType.F16 if _odd(config) else FloatType.Q80
 
 
 def _odd(config: ModelConfig) -> list[int]:
-    """Widths of what is kept that are no whole blocks of Q80."""
+    """Widths of the cached vectors that are not a multiple of a Q80 block."""
     widths = [config.head_dim]
     if config.latent:
         widths = [config.latent.kv_rank, config.latent.rope_dim]

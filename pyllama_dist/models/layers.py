@@ -44,10 +44,10 @@ Instruction = Op | Sync | AllReduce
 class Layers:
     """One node's part of a model.
 
-    A model is written down as one stream of ops and syncs; `program` cuts it into segments after
-    each sync. Memory that all pieces use: `x` is the residual, `y` its normed copy, `partials` the
-    pipe on which nodes exchange their parts of a sum over the inputs of `o_proj` and `down_proj`,
-    `sum` that sum: of a single node, all there is.
+    A model is one stream of instructions, ops and syncs; `program` cuts it into segments after each
+    sync. Common buffers: `x` is the residual stream, `y` its normed copy, and `sum` the all-reduced
+    output of `o_proj` or `down_proj`. `partials` is the pipe for the nodes' partial sums of that
+    output; a single node writes `sum` at once.
     """
 
     def __init__(self, config: ModelConfig, plan: ShardingPlan, node: int) -> None:
@@ -60,7 +60,7 @@ class Layers:
         self.indexer = config.indexer if wanted else None
 
     def start(self) -> Iterator[Instruction]:
-        """The embedded rows go out: the root reads them from the file, workers have no table."""
+        """Broadcasts the embedded rows: the root alone has the embedding, in its file."""
         yield Sync("x", SyncKind.WITH_ROOT)
 
     def pre_norm(self) -> Iterator[Instruction]:

@@ -37,7 +37,7 @@ class _Message(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(_Message, frozen=True, tag="hello"):
-    """Root: who speaks, and the session that begins."""
+    """Root: the versions it speaks, and the id of the new session."""
 
     protocol: int
     version: Text
@@ -45,7 +45,7 @@ class Hello(_Message, frozen=True, tag="hello"):
 
 
 class NodeInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node has."""
+    """The resources of a node."""
 
     n_threads: Count  # that compute
     cores: Count  # that it may use
@@ -56,7 +56,7 @@ class NodeInfo(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
-    """Worker: who answers, and what it has."""
+    """Worker: the versions it speaks, its identity and its resources."""
 
     protocol: int
     version: Text
