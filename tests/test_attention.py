@@ -242,7 +242,7 @@ def test_attention(kind, data):
         np.testing.assert_allclose(found, expected, atol=atol)
 
 
-# More heads than are taken together, and numbers beside that; kinds of group that models have.
+# More heads than form one batch, and numbers beside that; kinds of group that models have.
 @EVERY_KIND
 @pytest.mark.parametrize("group", [1, 8, 16, 63, 64, 65, 80])
 @pytest.mark.parametrize("n_rows", [1, 3])

@@ -350,7 +350,7 @@ def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
 
 
 def test_a_part_that_was_taken_late_is_none():
-    """A thread may be put aside for long, between any two instructions."""
+    """A thread may be preempted for long, between any two instructions."""
     state = team.new_state(1)
     team.open_op(state, 7, 1, 2, 1)
     assert [team.take_part(state, 0)[3] for _ in range(3)] == [0, 1, 2]

@@ -136,7 +136,7 @@ def test_a_deadline_names_the_peer_that_has_not_sent(nodes, monkeypatch, late):
         receive(nodes[0], 1, 2, timeout=0.01)
 
 
-def test_a_sleeper_hears_of_a_peer_that_goes(nodes):
+def test_a_blocked_receive_ends_when_a_peer_goes(nodes):
     leaving = threading.Timer(0.1, nodes[2].close)
     leaving.start()
     with pytest.raises(LostError, match="lost third: its connection closed"):

@@ -130,7 +130,7 @@ def attend(
     """
     rows, heads, _ = query.shape
     first_key, last_key = first // group, (first + heads - 1) // group
-    at_once = min(group, MOST)  # heads that are taken together
+    at_once = min(group, MOST)  # heads in one batch
     unit, mine = 0, False
     for kv_head in range(first_key, last_key + 1):
         first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first

@@ -33,7 +33,7 @@ def _make_tile(groups: int, *, keys: bool) -> Any:
     """An intrinsic that adds to [4, 16 * groups] float32. Its arguments are addresses and sizes.
 
     They are the first group, bytes from one group to the next, the activations, blocks of inputs,
-    the sums, bytes from one row of sums to the next; and what to bring near meanwhile: an address,
+    the sums, bytes from one row of sums to the next; and what to prefetch meanwhile: an address,
     and lines of 64 bytes for each block.
 
     Args:

@@ -2,8 +2,8 @@
 
 A page of keys holds the 16 positions side by side, so that one vector load reads one value of each
 position, and the scores of 16 positions need no sum across lanes. A page of values holds 16 values
-of each position after the other, so that a position's values are added to the result as vectors. Both
-are read from the first byte to the last.
+of each position after the other, so that a position's values are added to the result as vectors.
+Both are read sequentially.
 
     float32, float16     keys:   [head_dim][16 positions]
                          values: [head_dim / 16][16 positions][16], the last one may be narrower
