@@ -483,9 +483,9 @@ def sample(
         top: the highest of them.
         inverse_temperature: 1 / temperature.
         top_k: so many of the most likely tokens are left; 0: all.
-        top_p: the most likely tokens are left, as few as reach this share together; all if it is
-            not between 0 and 1.
-        min_p: tokens are left whose weight is at least this, which is a share of the highest.
+        top_p: the smallest set of most likely tokens that reaches this probability is left; all
+            tokens if it is not between 0 and 1.
+        min_p: tokens are left whose weight is at least this fraction of the highest.
         uniform: from 0 to below 1; which token of those left, in their order, each as wide as its
             weight.
         weights: float32, and

@@ -1,4 +1,4 @@
-"""Brings up what is to be measured: a model or a shape, on a cluster."""
+"""Brings up the model or shape to be measured, on a cluster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -28,7 +28,7 @@ Planner = Callable[[Mapping[str, NodeInfo]], Sequence[Program]]
 
 
 class ModelSource(WeightSource, Protocol):
-    """Weights and what they belong to: a `.m` file."""
+    """A model's weights and configuration: a `.m` file."""
 
     @property
     def config(self) -> ModelConfig:

@@ -21,7 +21,7 @@ from pyllama_dist.program import Program
 
 @dataclass(frozen=True)
 class Model(Architecture):
-    """An architecture, with the way to write a node's program."""
+    """An architecture, with the function that builds a node's program."""
 
     build: Callable[[ModelConfig, ShardingPlan, int], Program]
 

@@ -91,7 +91,9 @@ class Hub:
     def __init__(self) -> None:
         self._ports = itertools.count(1)
         self._listeners: dict[int, InprocListener] = {}
-        self.data: dict[int, tuple[InprocMesh, int]] = {}  # port: who listens, for which node
+        self.data: dict[
+            int, tuple[InprocMesh, int]
+        ] = {}  # port: the mesh that listens, and the node it expects
 
     def listen(self) -> "InprocListener":
         """The listener of a new worker."""

@@ -88,7 +88,7 @@ ARCH_IDS: Mapping[int, Arch] = {
 
 @dataclass(frozen=True)
 class Codec:
-    """How a fact becomes a number of the header, and the number a fact."""
+    """Encodes a fact as a number of the header, and decodes it."""
 
     number: Callable[[Any], int]
     fact: Callable[[int], Any]
@@ -136,7 +136,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class HeaderLayout:
-    """What the header of an architecture holds.
+    """The keys in the header of an architecture.
 
     Attributes:
         pairs: in the order in which they are written; none else may be there.
