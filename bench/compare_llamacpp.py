@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from compare_llamacpp_env import VERSION, prepare, python
-from engines import CACHE, Engine, Others, Starting, result_file, running
+from engines import CACHE, Measurer, Others, Starting, result_file, running
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,8 +42,8 @@ def compare(
     test: Test,
     setting: Mapping[str, Any],
     rounds: int,
-    ours: Engine,
-    theirs: Engine,
+    ours: Measurer,
+    theirs: Measurer,
     starting: Starting,
 ) -> dict[str, Any]:
     """Runs a test in turns.
@@ -109,7 +109,9 @@ def compare(
     }
 
 
-def load(shape: str, threads: int, seq_len: int, ours: Engine, theirs: Engine) -> dict[str, Any]:
+def load(
+    shape: str, threads: int, seq_len: int, ours: Measurer, theirs: Measurer
+) -> dict[str, Any]:
     """Loads a shape into both.
 
     Returns:
@@ -201,8 +203,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def measure(
     args: argparse.Namespace,
-    ours: Engine,
-    theirs: Engine,
+    ours: Measurer,
+    theirs: Measurer,
     report: dict[str, Any],
     starting: Starting,
 ) -> Iterator[None]:

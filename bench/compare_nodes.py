@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines import Answer, Engine, Others, Starting, result_file, running
+from engines import Answer, Measurer, Others, Starting, result_file, running
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +42,7 @@ _TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Layout:
+class ClusterShape:
     """A cluster on this machine."""
 
     nodes: int
@@ -52,7 +52,7 @@ class Layout:
         return f"{self.nodes}x{self.threads}"
 
     @classmethod
-    def parse(cls, text: str) -> "Layout":
+    def parse(cls, text: str) -> "ClusterShape":
         """Reads `2x1`.
 
         Raises:
@@ -73,7 +73,7 @@ class Layout:
 class Case:
     """What is measured once in each round."""
 
-    layout: Layout
+    layout: ClusterShape
     test: Test
     busy: int  # processes beside it that compute
 
@@ -86,14 +86,14 @@ class Case:
 class Server:
     """A layout's process: `pyllama_dist.bench.serve`."""
 
-    def __init__(self, engine: Engine, layout: Layout, shape: str, seq_len: int) -> None:
-        self._engine, self._shape, self._seq_len = engine, shape, seq_len
+    def __init__(self, measurer: Measurer, layout: ClusterShape, shape: str, seq_len: int) -> None:
+        self._measurer, self._shape, self._seq_len = measurer, shape, seq_len
         self._layout = layout
-        self.pid = engine.pid
+        self.pid = measurer.pid
 
     def load(self) -> Answer:
         """Brings the cluster up; says what it is."""
-        return self._engine.ask(
+        return self._measurer.ask(
             load={
                 "shape": self._shape,
                 "nodes": self._layout.nodes,
@@ -103,12 +103,12 @@ class Server:
         )
 
     def unload(self) -> None:
-        self._engine.ask(unload={})
+        self._measurer.ask(unload={})
 
     def run(self, test: Test) -> float:
         """Tokens per second of one run."""
         sizes = {"p": test.tokens, "n": 0} if test.kind == "pp" else {"p": 0, "n": test.tokens}
-        return float(self._engine.ask(run=sizes | {"d": test.depth})["tokens_per_second"])
+        return float(self._measurer.ask(run=sizes | {"d": test.depth})["tokens_per_second"])
 
     def warm_up(self, test: Test) -> None:
         """Fills the cache to the test's depth, and runs what it runs."""
@@ -235,8 +235,8 @@ def table(report: dict[str, Any]) -> Table:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
 
-    def layouts(text: str) -> list[Layout]:
-        return list(dict.fromkeys(map(Layout.parse, text.split(","))))
+    def layouts(text: str) -> list[ClusterShape]:
+        return list(dict.fromkeys(map(ClusterShape.parse, text.split(","))))
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
@@ -268,7 +268,7 @@ def plan_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def measure(
-    args: argparse.Namespace, servers: dict[Layout, Server], stays: bool, starting: Starting
+    args: argparse.Namespace, servers: dict[ClusterShape, Server], stays: bool, starting: Starting
 ) -> Iterator[dict[str, Any]]:
     """Measures round after round, and yields what is known after each."""
     cases = plan_cases(args)
@@ -306,8 +306,8 @@ def main() -> None:
         servers = {}
         for layout in args.layouts:
             command: list[str | Path] = [sys.executable, "-m", "pyllama_dist.bench.serve"]
-            engine = stack.enter_context(running(f"nodes-{layout}", command))
-            servers[layout] = server = Server(engine, layout, args.shape, seq_len)
+            measurer = stack.enter_context(running(f"nodes-{layout}", command))
+            servers[layout] = server = Server(measurer, layout, args.shape, seq_len)
             status.update(f"loading {layout}")
             loaded = server.load()
             if not stays:

@@ -1,4 +1,4 @@
-"""Processes that stay and measure on demand: a JSON line in, a JSON line out. Linux only."""
+"""Benchmark processes that measure on request, in lines of JSON. Linux only."""
 
 import json
 import os
@@ -24,12 +24,12 @@ Answer = dict[str, Any]
 Starting = Callable[[str], None]  # told what runs next
 
 
-class Engine:
-    """A process that answers each line of JSON with one."""
+class Measurer:
+    """A process that answers each request, a line of JSON, with one line of JSON."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         if process.stdin is None or process.stdout is None:
-            raise TypeError("an engine without pipes")
+            raise TypeError("a measurer without pipes")
         self.name, self.pid = name, process.pid
         self._process, self._log = process, log
         self._orders, self._answers = process.stdin, process.stdout
@@ -53,7 +53,7 @@ class Engine:
         return answer
 
     def end(self) -> None:
-        """Waits until the process, which is told no more, has ended."""
+        """Closes the process's input and waits until it has ended."""
         with suppress(BrokenPipeError):
             self._orders.close()
         self._process.wait()
@@ -61,7 +61,7 @@ class Engine:
 
 
 @contextmanager
-def running(name: str, command: list[str | Path], **environment: str) -> Iterator[Engine]:
+def running(name: str, command: list[str | Path], **environment: str) -> Iterator[Measurer]:
     """A process that ends with the context; what it prints besides answers goes to a log."""
     CACHE.mkdir(parents=True, exist_ok=True)
     log = CACHE / f"compare-{name}.log"
@@ -74,15 +74,15 @@ def running(name: str, command: list[str | Path], **environment: str) -> Iterato
             stderr=errors,
             text=True,
         )
-        engine = Engine(name, process, log)
+        measurer = Measurer(name, process, log)
         try:
-            yield engine
+            yield measurer
         finally:
-            engine.end()
+            measurer.end()
 
 
 class Others:
-    """How busy the cores are with what is not being measured."""
+    """CPU use by processes that are not measured."""
 
     def __init__(self, pids: list[int]) -> None:
         """Begins to count.

@@ -44,10 +44,10 @@ class Arch(StrEnum):
 
 
 class Pairs(StrEnum):
-    """Which values of a head rope turns together."""
+    """Which two values of a head RoPE rotates as a pair."""
 
     ADJACENT = "adjacent"  # (2i, 2i + 1)
-    HALVES = "halves"  # (i, i + half of what turns)
+    HALVES = "halves"  # (i, i + rotary_dim / 2)
 
 
 class Scoring(StrEnum):
@@ -59,7 +59,7 @@ class Scoring(StrEnum):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's way to longer texts: low frequencies are divided, high ones stay."""
+    """Llama 3.1's RoPE scaling for longer texts: divides low frequencies and keeps high ones."""
 
     factor: float
     low_freq_factor: float
@@ -86,7 +86,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention: keys and values are made from a short vector, which is kept."""
+    """Multi-head latent attention: keys and values are made from a short cached vector."""
 
     q_rank: int  # [q_lora_rank]
     kv_rank: int  # [kv_lora_rank]
@@ -98,13 +98,13 @@ class Latent:
 
 @dataclass(frozen=True)
 class Indexer:
-    """Sparse attention: a small attention picks the positions that the large one looks at."""
+    """Sparse attention: a small attention selects the positions that the main one reads."""
 
     n_heads: int  # [index_n_heads]
     head_dim: int  # [index_head_dim]
     rotary_dim: int
     top_k: int  # positions [index_topk]
-    layers: tuple[bool, ...]  # whether a layer picks; others take the last choice
+    layers: tuple[bool, ...]  # whether a layer selects; others reuse the last selection
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ModelConfig:
     n_heads: int  # [num_attention_heads]
     n_kv_heads: int  # [num_key_value_heads]
     head_dim: int
-    rotary_dim: int  # the first values of each head that turn: head_dim * partial_rotary_factor
+    rotary_dim: int  # the first values of each head get RoPE: head_dim * partial_rotary_factor
     vocab_size: int
     max_seq_len: int  # [max_position_embeddings]
     rope_theta: float
@@ -144,12 +144,12 @@ class ModelConfig:
 
     @property
     def value_dim(self) -> int:
-        """Width of what a query head brings to `o_proj`."""
+        """Width of a query head's output, the input of `o_proj`."""
         return self.latent.value_dim if self.latent else self.head_dim
 
 
 class Order(StrEnum):
-    """How a tensor's rows lie, against the checkpoint's."""
+    """The order of a tensor's rows, relative to the checkpoint's."""
 
     SAME = "same"
     TRANSPOSED = "transposed"  # each head by itself

@@ -1,4 +1,4 @@
-"""Memory that this process holds, and what it may take."""
+"""Memory that this process holds, and memory that it may allocate."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class MemoryHere(NamedTuple):
     """Bytes of this machine's memory, as far as control groups give them to this process."""
 
     total: int
-    available: int  # without swapping, and before anybody is ended for want of memory
+    available: int  # before the system swaps or kills a process
 
 
 def memory_here() -> MemoryHere:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.executor import Executor
-from pyllama_dist.net.collectives import AUTO, Exchange, plan
+from pyllama_dist.net.collectives import AUTO, Exchange, make_schedule
 from pyllama_dist.net.transport import LostError, Mesh
 from pyllama_dist.program import AllReduce, Batch, Program, Rows, Sync
 
@@ -99,7 +99,7 @@ class Node:
         return Exchange(
             self.mesh,
             self.executor.memory.pipes[kind.pipe],
-            lambda rows: plan(kind, pipe, self._collective, self.program, rows),
+            lambda rows: make_schedule(kind, pipe, self._collective, self.program, rows),
             lambda first, last: self._reduce(kind, first, last),
             node=node,
         )

@@ -1,4 +1,4 @@
-"""Who gets which heads, blocks and rows. Pure arithmetic: it knows neither models nor machines.
+"""Tensor parallelism: which heads, blocks and rows each node holds. Pure arithmetic.
 
 Everything is cut in whole units, as evenly as whole units allow, and the first nodes take what is
 left over. Any number of nodes works, up to the number of units of query heads.
@@ -16,8 +16,8 @@ Range = tuple[int, int]  # start, stop
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one node holds of every layer and of the head."""
+class Shard:
+    """The part of every layer and of the head that one node holds."""
 
     heads: Range  # query heads
     kv_heads: Range  # key and value heads, replicated where groups are cut
@@ -73,8 +73,8 @@ def partition(
     block: int = BLOCK,
     expert_dim: int = 0,
     shared_dim: int = 0,
-) -> tuple[Share, ...]:
-    """The share of each node; `block` is that of the weights' format, 1 if they have none.
+) -> tuple[Shard, ...]:
+    """The shard of each node; `block` is that of the weights' format, 1 if they have none.
 
     Args:
         n_heads: query heads.
@@ -95,7 +95,7 @@ def partition(
         raise ValueError(f"{n_nodes} nodes for {most} units of heads")
     group = n_heads // n_kv_heads  # query heads that read the same key head
     return tuple(
-        Share(heads, (heads[0] // group, (heads[1] - 1) // group + 1), ffn, experts, shared, vocab)
+        Shard(heads, (heads[0] // group, (heads[1] - 1) // group + 1), ffn, experts, shared, vocab)
         for heads, ffn, experts, shared, vocab in zip(
             cut(n_heads, n_nodes, head_unit(head_dim, block)),
             cut(ffn_dim, n_nodes, BLOCK),

@@ -35,11 +35,11 @@ class Part(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Pipe(Part, frozen=True):
-    """Memory that nodes exchange: a slot for each node, or one slot in all."""
+    """Memory that nodes exchange: a region for each node, or one region in all."""
 
     name: Name
     float_type: FloatType  # F32, or Q80 as blocks of 34 bytes
-    widths: tuple[Width, ...]  # values in a row of each slot
+    widths: tuple[Width, ...]  # values in a row of each region
     rows: Rows = "batch"
 
 
@@ -146,15 +146,15 @@ class Op:
         raise NotImplementedError
 
 
-# The region of a pipe that holds the sum of its slots, where an `AllReduce` makes it to be sent.
+# The region of a pipe for the sum of all nodes' regions, where an `AllReduce` makes it to be sent.
 REDUCED = -1
 
 
 class SyncKind(StrEnum):
     """How a pipe is exchanged. The names are distributed-llama's."""
 
-    WITH_ROOT = "with_root"  # the root's slot goes to every worker
-    NODE_SLICES_EXCEPT_ROOT = "node_slices_except_root"  # every worker's slot goes to the root
+    WITH_ROOT = "with_root"  # the root's region goes to every worker
+    NODE_SLICES_EXCEPT_ROOT = "node_slices_except_root"  # every worker's region goes to the root
 
 
 class Sync(Part, frozen=True, tag="sync"):
@@ -165,7 +165,7 @@ class Sync(Part, frozen=True, tag="sync"):
 
 
 class AllReduce(Part, frozen=True, tag="all_reduce"):
-    """target = on every node, the sum of all nodes' slots of a pipe, added in their order.
+    """target = on every node, the sum of all nodes' regions of a pipe, added in their order.
 
     How it travels is chosen when the program runs; all nodes end with the same bits. The sum is
     there when the next segment begins.
@@ -247,7 +247,7 @@ class Shapes:
             self._memory.setdefault(buffer.name, buffer)
 
     def width(self, name: str) -> int:
-        """Values in a row of a buffer, or of this node's slot of a pipe."""
+        """Values in a row of a buffer, or of this node's region of a pipe."""
         match self._memory[name]:
             case Pipe(widths=widths):
                 return widths[self._node if len(widths) > 1 else 0]
@@ -274,23 +274,23 @@ def all_reduces(program: Program) -> list[AllReduce]:
     return list(dict.fromkeys(e for e in exchanges if isinstance(e, AllReduce)))
 
 
-def own_slot(program: Program, pipe: Pipe) -> int:
-    """The slot of a pipe that this node writes."""
+def own_region(program: Program, pipe: Pipe) -> int:
+    """The region of a pipe that this node writes."""
     return program.node if len(pipe.widths) > 1 else 0
 
 
-def slots_used(program: Program, pipe: Pipe) -> tuple[int, ...]:
-    """The slots of a pipe that this node needs memory for.
+def regions_held(program: Program, pipe: Pipe) -> tuple[int, ...]:
+    """The regions of a pipe that this node needs memory for.
 
-    Every slot, but for a pipe that only the root collects: there a worker has its own alone. One
-    that is reduced has a region more, for the sum.
+    All regions, except of a pipe that only the root collects: there a worker holds its own alone. A
+    pipe that is reduced has one more region, `REDUCED`, for the sum.
     """
     syncs = {sync for s in program.segments for sync in s.syncs if sync.pipe == pipe.name}
     if program.node > 0 and syncs == {Sync(pipe.name, SyncKind.NODE_SLICES_EXCEPT_ROOT)}:
-        return (own_slot(program, pipe),)
-    slots = tuple(range(len(pipe.widths)))
+        return (own_region(program, pipe),)
+    regions = tuple(range(len(pipe.widths)))
     reduced = any(isinstance(sync, AllReduce) for sync in syncs)
-    return (*slots, REDUCED) if reduced else slots
+    return (*regions, REDUCED) if reduced else regions
 
 
 def weights(program: Program) -> Iterator[Weight]:

@@ -35,10 +35,10 @@ def simulated_root(
         collective: how sums travel.
     """
     hub = Hub()
-    doors = [hub.listen() for _ in programs[1:]]
+    listeners = [hub.listen() for _ in programs[1:]]
     threads = [
-        threading.Thread(target=_serve, args=(door, n_threads), name=f"worker-{i}", daemon=True)
-        for i, door in enumerate(doors, start=1)
+        threading.Thread(target=_serve, args=(listener, n_threads), name=f"worker-{i}", daemon=True)
+        for i, listener in enumerate(listeners, start=1)
     ]
     for thread in threads:
         thread.start()
@@ -50,16 +50,16 @@ def simulated_root(
             timeout=timeout,
             collective=collective,
             dialer=hub,
-            workers=[Address("inproc", door.port) for door in doors],
+            workers=[Address("inproc", listener.port) for listener in listeners],
         ) as root:
             yield root
     finally:
-        for door in doors:
-            door.close()
+        for listener in listeners:
+            listener.close()
         for thread in threads:
             thread.join(timeout)
 
 
-def _serve(door: InprocListener, n_threads: int) -> None:
-    with suppress(LostError):  # the door was closed
-        serve(door, n_threads)
+def _serve(listener: InprocListener, n_threads: int) -> None:
+    with suppress(LostError):  # the listener was closed
+        serve(listener, n_threads)

@@ -14,8 +14,8 @@ from pyllama_dist.config import FloatType, ModelConfig, Tensor
 from pyllama_dist.executor.memory import planned_bytes
 from pyllama_dist.formats.dllama.model_file import tensor_bytes
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import shares
-from pyllama_dist.partition import Share
+from pyllama_dist.models.plan import shards
+from pyllama_dist.partition import Shard
 from pyllama_dist.program import Program, weights
 from pyllama_kernels.pages import KV_BLOCK
 
@@ -49,14 +49,14 @@ class NodeSizes:
     """What one node holds, in bytes; the root's embedding stays in its file.
 
     Attributes:
-        share: the node's part of the model.
+        shard: the node's part of the model.
         seq_len: positions of the context.
         weight_bytes: of its weights.
         cache_bytes: of keys and values.
         memory_bytes: of everything that grows with the model: these and buffers.
     """
 
-    share: Share
+    shard: Shard
     seq_len: int
     weight_bytes: int
     cache_bytes: int
@@ -98,16 +98,16 @@ def node_sizes(config: ModelConfig, cluster: Cluster) -> list[NodeSizes]:
     Raises:
         UsageError: the model cannot be cut like that.
     """
-    plans = programs(config, cluster)
+    made = programs(config, cluster)
     return [
         NodeSizes(
-            share,
+            shard,
             program.seq_len,
             weight_bytes=sum(weight.nbytes for weight in weights(program)),
             cache_bytes=program.n_blocks * KV_BLOCK * _kept_bytes(program),
             memory_bytes=planned_bytes(program),
         )
-        for share, program in zip(shares(config, len(plans)), plans, strict=True)
+        for shard, program in zip(shards(config, len(made)), made, strict=True)
     ]
 
 

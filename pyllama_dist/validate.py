@@ -22,7 +22,7 @@ from pyllama_dist.program import (
     SyncKind,
     Weight,
     ops,
-    own_slot,
+    own_region,
 )
 from pyllama_kernels.pages import KV_BLOCK
 
@@ -35,7 +35,7 @@ MAX_EXPERTS = 256  # for each row
 MAX_WEIGHTS = 1 << 20  # of a program; each expert has its own
 MAX_ROWS = 1 << 16  # of a batch
 
-MAX_PIPE_BYTES = 63 << 20  # of a slot: it travels as one frame, and those end at 64 MiB
+MAX_PIPE_BYTES = 63 << 20  # of a region: it travels as one frame, and those end at 64 MiB
 
 
 def check_program(program: Program) -> None:
@@ -71,7 +71,7 @@ def check_program(program: Program) -> None:
         raise ProtocolError("two pieces of memory have the same name")
     for pipe in program.pipes:
         if len(pipe.widths) not in (1, program.n_nodes):
-            raise ProtocolError(f"pipe {pipe.name} has {len(pipe.widths)} slots")
+            raise ProtocolError(f"pipe {pipe.name} has {len(pipe.widths)} regions")
         if pipe.rows == "experts":
             raise ProtocolError(f"pipe {pipe.name} has rows for experts, which no node exchanges")
         _blocks(pipe.name, pipe.float_type, *pipe.widths)
@@ -104,7 +104,7 @@ def check_program(program: Program) -> None:
                 raise ProtocolError(f"segment {segment.name} syncs {sync.pipe}, which is no pipe")
             to_all = isinstance(sync, Sync) and sync.kind is SyncKind.WITH_ROOT
             if not to_all and len(known.widths) != program.n_nodes:
-                raise ProtocolError(f"pipe {sync.pipe} has no slot for each node")
+                raise ProtocolError(f"pipe {sync.pipe} has no region for each node")
             if isinstance(sync, AllReduce):
                 try:
                     require(segment is not program.segments[-1], "no segment takes the sum")
@@ -205,11 +205,11 @@ class Check:
         self.written_routes: set[str] = set()  # by the ops before
 
     def all_reduce(self, exchange: AllReduce) -> None:
-        """All slots are as wide as the target, which is a buffer."""
+        """All regions are as wide as the target, which is a buffer."""
         pipe = self.pipe(exchange.pipe)
         require(isinstance(self.find(exchange.target), Buffer), "the target must be a buffer")
         widths = set(pipe.widths)
-        require(widths == {self.f32(exchange.target)}, "slots and target differ in width")
+        require(widths == {self.f32(exchange.target)}, "regions and target differ in width")
         self.same_rows(exchange.pipe, exchange.target)
 
     def find(self, name: str) -> Pipe | Buffer:
@@ -234,10 +234,12 @@ class Check:
         return found
 
     def width(self, name: str) -> int:
-        """Values in a row of a buffer, or of this node's slot of a pipe."""
+        """Values in a row of a buffer, or of this node's region of a pipe."""
         found = self.find(name)
         return (
-            found.widths[own_slot(self.program, found)] if isinstance(found, Pipe) else found.width
+            found.widths[own_region(self.program, found)]
+            if isinstance(found, Pipe)
+            else found.width
         )
 
     def f32(self, name: str) -> int:

@@ -134,7 +134,7 @@ class _Session:
                 raise ProtocolError(f"received {found}, expected {wanted}")
 
     def hello(self, first: Message) -> bytes:
-        """HELLO: who is who."""
+        """HELLO: exchanges versions and identities with the root."""
         hello = self.of_kind(Hello, first)
         if hello.protocol != PROTOCOL:
             raise ProtocolError(
@@ -151,16 +151,18 @@ class _Session:
         join = self.expect(Join, _TALK_SECONDS)
         if not 0 < join.node < join.n_nodes:
             raise ProtocolError(f"node {join.node} of {join.n_nodes} is no worker")
-        doors = self.mesh.bind(range(join.node))
-        self.channel.send(Bound(tuple(doors)))
+        endpoints = self.mesh.bind(range(join.node))
+        self.channel.send(Bound(tuple(endpoints)))
         peers = self.expect(Peers, _TALK_SECONDS)
         higher = range(join.node + 1, join.n_nodes)
-        if len(peers.addresses) != join.n_nodes or len(peers.doors) != len(higher):
-            raise ProtocolError(f"{len(peers.addresses)} addresses, {len(peers.doors)} doors")
+        if len(peers.addresses) != join.n_nodes or len(peers.endpoints) != len(higher):
+            raise ProtocolError(
+                f"{len(peers.addresses)} addresses, {len(peers.endpoints)} endpoints"
+            )
         self.mesh.connect(
             {
-                node: (Address.parse(peers.addresses[node]).host, door)
-                for node, door in zip(higher, peers.doors, strict=True)
+                node: (Address.parse(peers.addresses[node]).host, endpoint)
+                for node, endpoint in zip(higher, peers.endpoints, strict=True)
             }
         )
         self.mesh.greet(session, join.node, peers.addresses, _GREET_SECONDS)

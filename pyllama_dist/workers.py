@@ -16,7 +16,7 @@ _M = TypeVar("_M")
 
 
 class Workers:
-    """All workers of a root. A context: at its end they hear bye, or why not.
+    """All workers of a root. A context manager: at its end it sends `bye`, or the error.
 
     Attributes:
         channels: to each worker, in the order of nodes.
@@ -31,7 +31,7 @@ class Workers:
         self._deadline = 0.0
 
     def begin(self, phase: Phase, seconds: float) -> None:
-        """A phase begins, which may take so many seconds for all workers together."""
+        """Begins a phase with a deadline for all workers, in seconds."""
         self.phase, self._deadline = phase, time.monotonic() + seconds
 
     @property
@@ -40,7 +40,7 @@ class Workers:
         return max(0.0, self._deadline - time.monotonic())
 
     def tell(self, message: Message) -> None:
-        """Says something to all workers.
+        """Sends a message to all workers.
 
         Raises:
             LostError: one takes nothing, or is gone.
@@ -74,14 +74,14 @@ class Workers:
 
     @contextmanager
     def blaming(self) -> Iterator[None]:
-        """What is lost within becomes an error that names who or what is to blame."""
+        """Converts a `LostError` raised within to an error that names the node at fault."""
         try:
             yield
         except LostError as lost:
             raise self._blame(lost) from None
 
     def close(self, error: BaseException | None = None) -> None:
-        """Says bye, or why not, and closes all connections."""
+        """Sends `bye`, or the error, to all workers and closes all connections."""
         reason = str(error) if isinstance(error, PyllamaError) else "the root was interrupted"
         last = Bye() if error is None else Error(self.phase, reason[:4096])
         for channel in self.channels:

@@ -30,7 +30,7 @@ from pyllama_dist.config import (
 from pyllama_dist.executor import prepare
 from pyllama_dist.executor.memory import Memory, own_blocks
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.models.plan import ShardingPlan, shards
 from pyllama_dist.net.inproc import Hub
 from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.program import Batch, Program, Span, weights
@@ -157,7 +157,7 @@ class TinyModel:
         if n_blocks is None:
             n_blocks = n_seqs * seq_blocks(seq_len)
         limits = max_rows, max_logits, n_seqs, n_blocks, seq_len
-        plan = Plan(shares(c, n_nodes), sync, cache, *limits)
+        plan = ShardingPlan(shards(c, n_nodes), sync, cache, *limits)
         return [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
 
     def fill(self, memory: Memory) -> None:
@@ -228,24 +228,26 @@ def serving() -> Callable[..., object]:
 
     @contextmanager
     def serve_for_a_while(hub: Hub, count: int, n_threads: int = 1) -> Iterator[list[Address]]:
-        doors = [hub.listen() for _ in range(count)]
+        listeners = [hub.listen() for _ in range(count)]
         crashes: list[BaseException] = []
 
-        def work(door: object) -> None:
+        def work(listener: object) -> None:
             try:
-                with suppress(LostError):  # the door was closed
-                    serve(door, n_threads)
+                with suppress(LostError):  # the listener was closed
+                    serve(listener, n_threads)
             except BaseException as error:
                 crashes.append(error)
 
-        threads = [threading.Thread(target=work, args=(door,), name="worker") for door in doors]
+        threads = [
+            threading.Thread(target=work, args=(listener,), name="worker") for listener in listeners
+        ]
         for thread in threads:
             thread.start()
         try:
-            yield [Address("inproc", door.port) for door in doors]
+            yield [Address("inproc", listener.port) for listener in listeners]
         finally:
-            for door in doors:
-                door.close()
+            for listener in listeners:
+                listener.close()
             for thread in threads:
                 thread.join(20)
         assert not any(thread.is_alive() for thread in threads)

@@ -177,7 +177,7 @@ class Task:
         assert (scratch[-64:] == 0xFF).all()
         return out
 
-    def twin(self) -> np.ndarray:
+    def in_numpy(self) -> np.ndarray:
         out = np.full((*self.query.shape[:2], self.value_dim), np.nan, F32)
         reference.attention(*self._common(), out)
         return out
@@ -236,13 +236,13 @@ def test_attention(kind, data):
         size=size,
     )  # fmt: skip
     expected, atol = task.plain(), 2e-5 * max(1, size)
-    np.testing.assert_allclose(task.twin(), expected, atol=atol)
+    np.testing.assert_allclose(task.in_numpy(), expected, atol=atol)
     if n_rows:
         found = task.run(data.draw(st.sampled_from((1, 2, 3, 5))))
         np.testing.assert_allclose(found, expected, atol=atol)
 
 
-# More heads than are taken together, and numbers beside that; kinds of group that models have.
+# More heads than form one batch, and numbers beside that; kinds of group that models have.
 @EVERY_KIND
 @pytest.mark.parametrize("group", [1, 8, 16, 63, 64, 65, 80])
 @pytest.mark.parametrize("n_rows", [1, 3])
@@ -285,7 +285,7 @@ def test_latent_attention(kind, heads, positions):
     expected = task.plain()
     # Weights meet values of Q80 as activations meet weights: rounded to 7 bits.
     atol = 4e-2 if kind == KEPT_Q80 else 2e-5
-    np.testing.assert_allclose(task.twin(), expected, atol=2e-5)
+    np.testing.assert_allclose(task.in_numpy(), expected, atol=2e-5)
     found = task.run()
     np.testing.assert_allclose(found, expected, atol=atol)
     assert np.abs(found - expected).mean() < atol / 8
@@ -306,7 +306,7 @@ def test_attention_to_selected_positions(kind, positions, latent, seed):
     task = Task(kind, [0] * len(positions), positions, 4, 4, 0, 64, latent=32 * latent)
     task.select(seed)
     expected = task.plain()
-    np.testing.assert_allclose(task.twin(), expected, atol=2e-5)
+    np.testing.assert_allclose(task.in_numpy(), expected, atol=2e-5)
     atol = 4e-2 if latent and kind == KEPT_Q80 else 2e-5
     np.testing.assert_allclose(task.run(2), expected, atol=atol)
 

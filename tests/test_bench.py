@@ -327,7 +327,7 @@ def found():
     runs = [Run(1.0, 0.8, 0.2, 5000), Run(2.0, 1.2, 0.8, 5000)]
     return report.Report(
         date="2026-01-02T03:04:05+00:00",
-        model=report.Model("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
+        model=report.ModelFacts("some", "glm", "q40", 2_000_000_000, 1_125_000_000),
         setting=report.Setting("portable", 2, 2, 1, "q80", "auto", 20, 32),
         results=[
             Result(
@@ -465,7 +465,7 @@ def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
 
 
 class OneRoot(ZmqListener):
-    """A door that closes behind the first root."""
+    """A listener that closes behind the first root."""
 
     served = False
 
@@ -497,17 +497,17 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync, collect
     monkeypatch.setattr(ZmqMesh, "greet", greeting)
     monkeypatch.setattr(ZmqMesh, "exchange", exchanging)
 
-    def work(door):
+    def work(listener):
         with suppress(LostError):
-            serve_roots(door, 1)
-        door.close()
+            serve_roots(listener, 1)
+        listener.close()
 
     monkeypatch.setattr(plan_module, "MAX_ROWS", 8)  # most batches of a prompt want no logits
-    doors = [OneRoot("127.0.0.1", 0) for _ in range(2)]
-    threads = [Thread(target=work, args=(door,), daemon=True) for door in doors]
+    listeners = [OneRoot("127.0.0.1", 0) for _ in range(2)]
+    threads = [Thread(target=work, args=(listener,), daemon=True) for listener in listeners]
     for thread in threads:
         thread.start()
-    workers = tuple(Address("127.0.0.1", door.port) for door in doors)
+    workers = tuple(Address("127.0.0.1", listener.port) for listener in listeners)
     cluster = Cluster(
         workers=workers,
         n_threads=1,

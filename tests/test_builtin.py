@@ -19,7 +19,7 @@ from pyllama_dist.conversation import Conversation, open_model
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.engine.sampler import Sampling
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.models.plan import ShardingPlan, shards
 from pyllama_dist.program import Batch
 from pyllama_dist.root import Root
 from pyllama_dist.simulate import simulated_root
@@ -40,11 +40,11 @@ def parts():
 @contextmanager
 def many_sequences(parts, n_nodes: int, cache: FloatType = FloatType.F16) -> Iterator[Root]:
     c = parts.file.config
-    cut = shares(c, n_nodes)
+    cut = shards(c, n_nodes)
     limits = {"max_rows": 64, "max_logits": N_SEQS, "n_seqs": N_SEQS, "seq_len": 160}
-    plan = Plan(cut, FloatType.Q80, cache, n_blocks=N_SEQS * seq_blocks(160), **limits)
-    plans = [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
-    with simulated_root(parts.file, plans) as root:
+    plan = ShardingPlan(cut, FloatType.Q80, cache, n_blocks=N_SEQS * seq_blocks(160), **limits)
+    made = [ARCHITECTURES[c.arch].build(c, plan, node) for node in range(n_nodes)]
+    with simulated_root(parts.file, made) as root:
         yield root
 
 
@@ -174,8 +174,8 @@ def float_logits(parts, tokens: list[int]) -> np.ndarray:
 
     def rope(x: np.ndarray) -> np.ndarray:
         pairs = x[..., : 2 * half].reshape(n, -1, half, 2)
-        turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
-        flat = np.stack([turned.real, turned.imag], -1).reshape(n, -1, 2 * half)
+        rotated = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+        flat = np.stack([rotated.real, rotated.imag], -1).reshape(n, -1, 2 * half)
         return np.concatenate([flat, x[..., 2 * half :]], -1)
 
     x = weight("embed_tokens.weight")[tokens]
@@ -210,8 +210,8 @@ def test_q40_and_q80_stay_close_to_float_on_the_same_weights(parts, n_nodes):
         parts.template.render([{"role": "user", "content": text}])
     )
     expected = float_logits(parts, tokens)
-    plans = programs(parts.file.config, Cluster(local_workers=n_nodes - 1))
-    with simulated_root(parts.file, plans) as root, Engine(root) as engine:
+    made = programs(parts.file.config, Cluster(local_workers=n_nodes - 1))
+    with simulated_root(parts.file, made) as root, Engine(root) as engine:
         logits = engine.logits(tokens)
     cosine = (logits * expected).sum() / np.linalg.norm(logits) / np.linalg.norm(expected)
     assert cosine >= 0.999
@@ -219,8 +219,8 @@ def test_q40_and_q80_stay_close_to_float_on_the_same_weights(parts, n_nodes):
 
 def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
     turns = ["What is 12 + 34?", "What is a worker?", "hello"]
-    plans = programs(parts.file.config, Cluster())
-    with simulated_root(parts.file, plans) as root, Engine(root) as engine:
+    made = programs(parts.file.config, Cluster())
+    with simulated_root(parts.file, made) as root, Engine(root) as engine:
         kept = Conversation(parts, engine, Sampling(temperature=0))
         texts = []
         for i, turn in enumerate(turns):
@@ -230,7 +230,7 @@ def test_a_conversation_goes_on_from_the_cache_as_if_computed_afresh(parts):
             cached = answer.generation.timings.cached_tokens
             assert (cached > 10) == (i > 0)
     for i, text in enumerate(texts):
-        with simulated_root(parts.file, plans) as root, Engine(root) as engine:
+        with simulated_root(parts.file, made) as root, Engine(root) as engine:
             afresh = Conversation(parts, engine, Sampling(temperature=0))
             for before, said in zip(turns[:i], texts, strict=False):
                 afresh.messages += [

@@ -209,9 +209,9 @@ def summed(float_type: FloatType, collective: str, parts: np.ndarray) -> np.ndar
     n_nodes, rows, _ = parts.shape
     hub = Hub()
     meshes = [hub.mesh() for _ in range(n_nodes)]
-    doors = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
+    endpoints = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
     for node, mesh in enumerate(meshes):
-        mesh.connect({i: ("", doors[i][node]) for i in range(node + 1, n_nodes)})
+        mesh.connect({i: ("", endpoints[i][node]) for i in range(node + 1, n_nodes)})
     found = np.empty_like(parts)
 
     def work(node: int) -> None:

@@ -90,7 +90,7 @@ def test_busy_processes_end_with_the_context(nodes):
 @pytest.mark.parametrize("text", ["2", "x1", "0x1", "2x0", "2x1x1", "ax1", ""])
 def test_what_is_no_layout_is_refused(nodes, text):
     with pytest.raises(UsageError, match="is no layout: write NODESxTHREADS"):
-        nodes.Layout.parse(text)
+        nodes.ClusterShape.parse(text)
 
 
 def test_a_round_has_prompts_at_the_start_and_answers_at_each_depth(nodes):
@@ -108,7 +108,7 @@ def test_a_round_has_prompts_at_the_start_and_answers_at_each_depth(nodes):
 
 
 def test_a_layout_needs_what_its_nodes_need(nodes):
-    one, two = nodes.Layout(1, 2), nodes.Layout(2, 1)
+    one, two = nodes.ClusterShape(1, 2), nodes.ClusterShape(2, 1)
     weights = 827_965_440  # bytes of the matrices of glm-edge-1.5b
     assert weights < one.planned_bytes("glm-edge-1.5b", 128) < 1.2 * weights
     assert weights < two.planned_bytes("glm-edge-1.5b", 128) < 1.3 * weights
@@ -209,14 +209,14 @@ def test_the_table_leaves_out_what_would_be_compared_with_itself(nodes, measured
 def test_a_server_is_asked_as_serve_understands_it(nodes):
     asked = []
 
-    class FakeEngine:
+    class FakeMeasurer:
         pid = 1
 
         def ask(self, **order):
             asked.append(order)
             return {"tokens_per_second": 5}
 
-    server = nodes.Server(FakeEngine(), nodes.Layout(2, 1), "tiny", 64)
+    server = nodes.Server(FakeMeasurer(), nodes.ClusterShape(2, 1), "tiny", 64)
     server.load()
     assert server.run(Trial("pp", 8)) == 5
     server.warm_up(Trial("tg", 4, 32))

@@ -176,7 +176,7 @@ def test_every_set_can_be_chosen():
             assert any(name in sets for sets in NEEDS.values()) or name == "portable"
 
 
-def test_the_twins_can_be_loaded():
+def test_the_reference_implementations_can_be_loaded():
     assert cpu.load("reference").__name__ == "pyllama_kernels.reference"
 
 

@@ -169,7 +169,7 @@ def test_threads_share_the_heads_of_a_short_context(tiny, run_of, arch, n_kv_hea
     limits = {"cache": cache}
     with ExitStack() as stack:
         one, *others = (stack.enter_context(compiled(model, n, **limits)) for n in (1, 2, 3, 7))
-        twin = stack.enter_context(plain(model, **limits))
+        reference = stack.enter_context(plain(model, **limits))
         assert one._table["units"].max() == n_kv_heads
         for position in range(20):
             tokens = (position * 7 % 101,)
@@ -177,7 +177,7 @@ def test_threads_share_the_heads_of_a_short_context(tiny, run_of, arch, n_kv_hea
             for several in others:
                 found = step(model, several, tokens, run_of(position, tokens))
                 np.testing.assert_array_equal(found, expected)
-            close = step(model, twin, tokens, run_of(position, tokens))
+            close = step(model, reference, tokens, run_of(position, tokens))
             assert_close(expected, close, FloatType.Q40)
 
 
@@ -201,8 +201,8 @@ def test_threads_round_what_they_activate(tiny, run_of, sizes, n_rows):
     with compiled(model, **limits) as one:
         assert ENTRIES["silu_mul"].address in one._table["entry"][one._table["fused"] == 2]
         expected = step(model, one, tokens, run_of(0, tokens))
-    with plain(model, **limits) as twin:
-        assert_close(expected, step(model, twin, tokens, run_of(0, tokens)), FloatType.Q40)
+    with plain(model, **limits) as reference:
+        assert_close(expected, step(model, reference, tokens, run_of(0, tokens)), FloatType.Q40)
     for n_threads in (2, 3, 5):
         with compiled(model, n_threads, **limits) as several:
             for _ in range(20):  # a race need not show at once
@@ -350,7 +350,7 @@ def test_an_error_within_a_step_ends_the_threads_too(tiny, run_of):
 
 
 def test_a_part_that_was_taken_late_is_none():
-    """A thread may be put aside for long, between any two instructions."""
+    """A thread may be preempted for long, between any two instructions."""
     state = team.new_state(1)
     team.open_op(state, 7, 1, 2, 1)
     assert [team.take_part(state, 0)[3] for _ in range(3)] == [0, 1, 2]

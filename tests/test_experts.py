@@ -1,4 +1,4 @@
-"""The kernels of a mixture of experts against their twins and plain arithmetic."""
+"""The kernels of a mixture of experts against their references and plain arithmetic."""
 
 import math
 from itertools import pairwise

@@ -60,8 +60,8 @@ int64s = st.integers(-(2**63), 2**63 - 1)
 sizes = st.integers(0, 1 << 48)
 nodes = st.integers(0, 255)
 names = st.binary(min_size=16, max_size=16).map(lambda name: "@pyllama-dist-" + name.hex())
-doors = st.tuples(st.integers(1, 65535), names | st.just(""))
-doors = st.lists(doors, max_size=256).map(tuple)
+endpoints = st.tuples(st.integers(1, 65535), names | st.just(""))
+endpoints = st.lists(endpoints, max_size=256).map(tuple)
 widths = st.lists(st.integers(0, 1 << 24), max_size=20).map(tuple)
 timeouts = st.floats(0, 86400, exclude_min=True)
 infos = st.builds(
@@ -88,8 +88,8 @@ messages = st.one_of(
     st.builds(Hello, int64s, texts, sessions),
     st.builds(Welcome, int64s, texts, sessions, infos),
     st.builds(Join, nodes, st.integers(2, 256)),
-    st.builds(Bound, doors),
-    st.builds(Peers, st.lists(texts, max_size=256).map(tuple), doors),
+    st.builds(Bound, endpoints),
+    st.builds(Peers, st.lists(texts, max_size=256).map(tuple), endpoints),
     st.builds(Link, sessions, nodes),
     st.just(Meshed()),
     st.builds(Net, st.just(EMPTY), texts, timeouts),
@@ -192,17 +192,17 @@ def test_the_least_and_the_most_are_understood():
         {"type": "welcome", "protocol": 1, "version": "", "n_threads": 1, "memory": -1},
         {"type": "join", "node": 256, "n_nodes": 256},
         {"type": "join", "node": 1, "n_nodes": 257},
-        {"type": "bound", "doors": [[0, ""]]},
-        {"type": "bound", "doors": [[65536, ""]]},
-        {"type": "bound", "doors": [[1]]},
-        {"type": "bound", "doors": [[1, "@another-program"]]},
-        {"type": "bound", "doors": [[1, "/tmp/@pyllama-dist-" + 32 * "0"]]},
-        {"type": "bound", "doors": [[1, "@pyllama-dist-" + 33 * "0"]]},
-        {"type": "bound", "doors": [[1, "@pyllama-dist-" + 32 * "0" + "\n"]]},
-        {"type": "bound", "doors": [[1, ""]] * 257},
-        {"type": "bound", "doors": 1},
-        {"type": "bound", "doors": {"0": [1, ""]}},
-        {"type": "peers", "addresses": ["a:1"] * 257, "doors": []},
+        {"type": "bound", "endpoints": [[0, ""]]},
+        {"type": "bound", "endpoints": [[65536, ""]]},
+        {"type": "bound", "endpoints": [[1]]},
+        {"type": "bound", "endpoints": [[1, "@another-program"]]},
+        {"type": "bound", "endpoints": [[1, "/tmp/@pyllama-dist-" + 32 * "0"]]},
+        {"type": "bound", "endpoints": [[1, "@pyllama-dist-" + 33 * "0"]]},
+        {"type": "bound", "endpoints": [[1, "@pyllama-dist-" + 32 * "0" + "\n"]]},
+        {"type": "bound", "endpoints": [[1, ""]] * 257},
+        {"type": "bound", "endpoints": 1},
+        {"type": "bound", "endpoints": {"0": [1, ""]}},
+        {"type": "peers", "addresses": ["a:1"] * 257, "endpoints": []},
         {"type": "allocated", "nbytes": (1 << 48) + 1},
         {"type": "weight", "index": -1, "offset": 0, "checksum": 0},
         {"type": "weight", "index": (1 << 24) + 1, "offset": 0, "checksum": 0},
@@ -293,7 +293,7 @@ def test_a_key_that_comes_twice_is_no_way_around_a_check():
         msgpack.packb({"type": "bye", (): 1}),
         msgpack.packb(["bye"]),
         msgpack.packb({"type": msgpack.ExtType(1, b"")}),
-        msgpack.packb({"type": "bound", "doors": msgpack.ExtType(5, b"")}),
+        msgpack.packb({"type": "bound", "endpoints": msgpack.ExtType(5, b"")}),
         msgpack.packb(msgpack.Timestamp(1)),
         b"\x81\xa4type\xa3\xff\xff\xff",
         b"\x81\xa4type\xd9\xffbye",
@@ -315,7 +315,8 @@ HOSTILE = {
     "long arrays in long arrays": b"\xdc\xff\xff" * 20_000,
     "longest arrays in arrays": b"\xdd\x00\x01\x00\x00" * 20_000,
     "a long array that ends early": b"\xdd\x00\x01\x00\x00",
-    "doors without end": b"\x82\xa4type\xa5bound\xa5doors\xdd\x00\x01\x00\x00" + b"\x01" * 65536,
+    "endpoints without end": b"\x82\xa4type\xa5bound\xa9endpoints\xdd\x00\x01\x00\x00"
+    + b"\x01" * 65536,
     "a map for each byte": b"\xdc\xff\xff" + b"\x80" * 65535,
     "text for each byte": b"\xdc\xff\xff" + b"\xa0" * 65535,
 }
@@ -346,7 +347,7 @@ def test_random_bytes_do_no_harm(frame):
         lambda inner: (
             st.lists(inner, max_size=5)
             | st.dictionaries(
-                st.sampled_from(("type", "doors", "batch", "program", "seqs", "")),
+                st.sampled_from(("type", "endpoints", "batch", "program", "seqs", "")),
                 inner,
                 max_size=5,
             )

@@ -54,8 +54,8 @@ source = pytest.fixture(sound)
 
 def logits(model_dir: Path, tokens: list[int]) -> np.ndarray:
     with ModelFile.open(model_dir / "model.m", ARCHITECTURES) as model:
-        plans = programs(model.config, Cluster(local_workers=1, sync=FloatType.F32))
-        with simulated_root(model, plans, 1) as root, Engine(root) as engine:
+        made = programs(model.config, Cluster(local_workers=1, sync=FloatType.F32))
+        with simulated_root(model, made, 1) as root, Engine(root) as engine:
             return engine.logits(tokens)
 
 

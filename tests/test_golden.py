@@ -37,8 +37,8 @@ def golden(request, tmp_path_factory):
 def engine(
     model: ModelFile, n_nodes: int, sync: FloatType = FloatType.F32, n_threads: int = 1
 ) -> Iterator[Engine]:
-    plans = programs(model.config, Cluster(local_workers=n_nodes - 1, sync=sync))
-    with simulated_root(model, plans, n_threads) as root, Engine(root) as found:
+    made = programs(model.config, Cluster(local_workers=n_nodes - 1, sync=sync))
+    with simulated_root(model, made, n_threads) as root, Engine(root) as found:
         yield found
 
 

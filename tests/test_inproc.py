@@ -297,8 +297,8 @@ def test_a_worker_of_another_protocol_is_named(tiny, serving, monkeypatch):
 
 def test_a_welcome_of_another_protocol_is_named(tiny):
     hub = Hub()
-    door = hub.listen()
-    address = Address("inproc", door.port)
+    listener = hub.listen()
+    address = Address("inproc", listener.port)
 
     class Foreign:
         """A worker that answers hello with a later version."""
@@ -310,7 +310,7 @@ def test_a_welcome_of_another_protocol_is_named(tiny):
             def answered(message):
                 channel.send = send
                 send(message)
-                other, _ = door.accept()
+                other, _ = listener.accept()
                 other.send(Welcome(PROTOCOL + 1, "9.9", bytes(16), node_info(1)))
 
             channel.send = answered
@@ -357,9 +357,9 @@ class Talk:
 
     def meshed(self):
         self.ask(Hello(PROTOCOL, "test", self.session), Welcome)
-        doors = self.ask(Join(1, 2), Bound).doors
+        endpoints = self.ask(Join(1, 2), Bound).endpoints
         self.channel.send(Peers(tuple(self.names), ()))
-        self.mesh.connect({1: ("inproc", doors[0])})
+        self.mesh.connect({1: ("inproc", endpoints[0])})
         self.mesh.greet(self.session, 0, self.names, 10)
         assert isinstance(self.channel.receive(10)[0], Meshed)
         return self

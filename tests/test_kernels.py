@@ -1,4 +1,4 @@
-"""The compiled kernels of a layer and their NumPy twins, against plain arithmetic.
+"""The compiled kernels of a layer and their reference implementations, against plain arithmetic.
 
 Products of matrices are in `test_matrix`, attention in `test_attention`.
 """
@@ -105,10 +105,10 @@ def test_rope_is_a_turn_of_complex_numbers(kernels, n_rows, heads, pairs, rest, 
     real, imaginary = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     if halves:
         real, imaginary = slice(0, pairs), slice(pairs, 2 * pairs)
-    turned = before[:, :, real] + 1j * before[:, :, imaginary]
+    rotated = before[:, :, real] + 1j * before[:, :, imaginary]
     for pair in range(pairs):
         angles = positions * theta ** (-pair / pairs)
-        expected = turned[:, :, pair] * np.exp(1j * angles)[:, None]
+        expected = rotated[:, :, pair] * np.exp(1j * angles)[:, None]
         found = x[:, :, real][:, :, pair] + 1j * x[:, :, imaginary][:, :, pair]
         np.testing.assert_allclose(found, expected, atol=5e-6)
     np.testing.assert_array_equal(x[:, :, 2 * pairs :], before[:, :, 2 * pairs :])
@@ -116,7 +116,7 @@ def test_rope_is_a_turn_of_complex_numbers(kernels, n_rows, heads, pairs, rest, 
 
 
 @KERNELS
-def test_turned_products_depend_on_the_distance_alone(kernels):
+def test_rotated_products_depend_on_the_distance_alone(kernels):
     cos, sin = rope_tables(64, 16, 10_000.0)
     query, key = normal(1, 16), normal(2, 16)
     products = []
@@ -234,24 +234,24 @@ def test_gather(kernels, n_rows, count, n, seed):
         np.testing.assert_array_equal(found, x[row])
 
 
-# --- threads' shares
+# --- splits of work among threads
 
 
 @given(st.integers(0, 10_000), st.integers(1, 33))
-def test_shares_of_threads_tile_the_whole(total, n_threads):
-    shares = [optable.share(total, thread, n_threads) for thread in range(n_threads)]
-    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
-    assert shares[-1][1] == total
-    sizes = [stop - start for start, stop in shares]
+def test_a_split_tiles_the_whole(total, n_threads):
+    ranges = [optable.split(total, thread, n_threads) for thread in range(n_threads)]
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == total
+    sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 1
 
 
 @given(st.integers(0, 10_000), st.integers(1, 33))
-def test_falling_shares_tile_the_whole_and_get_smaller(total, parts):
-    shares = [oploop.falling_share(total, part, parts) for part in range(parts)]
-    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
-    assert shares[-1][1] == total
-    sizes = [stop - start for start, stop in shares]
+def test_a_guided_split_tiles_the_whole_and_its_parts_get_smaller(total, parts):
+    ranges = [oploop.guided_split(total, part, parts) for part in range(parts)]
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == total
+    sizes = [stop - start for start, stop in ranges]
     assert all(later <= sooner + 1 for sooner, later in itertools.pairwise(sizes))
     assert abs(sizes[-1] - total / parts**3) <= 1
 

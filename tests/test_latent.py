@@ -1,4 +1,4 @@
-"""Values that are turned keys, against the same steps in plain integers."""
+"""Latent attention: values are transposed keys. Against the same steps in plain integers."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def one_scale(kept: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
     whole = whole.transpose(0, 3, 1, 2, 4).reshape(len(kept), PAGE, -1, 32).astype(np.int64)
     largest = np.maximum(scales.max(axis=1), F32(2.0**-24))
     inverse = (F32(1) / largest)[:, None]
-    shares = (scales * inverse * F32(32767)).astype(np.int64).transpose(0, 2, 1)[..., None]
-    rounded = ((whole * 256 * shares >> 16) + 64) >> 7
+    ratios = (scales * inverse * F32(32767)).astype(np.int64).transpose(0, 2, 1)[..., None]
+    rounded = ((whole * 256 * ratios >> 16) + 64) >> 7
     return rounded.reshape(-1, m), largest.reshape(-1)
 
 

@@ -15,7 +15,7 @@ from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.models.layers import Instruction, Layers
-from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.models.plan import ShardingPlan, shards
 from pyllama_dist.ops import Add
 from pyllama_dist.program import Program
 from pyllama_dist.simulate import simulated_root
@@ -44,12 +44,12 @@ def golden(tmp_path, request) -> Iterator[tuple[ModelFile, list[int], np.ndarray
         yield file, expected["tokens"].tolist(), expected["logits"]
 
 
-def error(model, plans: list[Program], tokens: list[int], expected: np.ndarray) -> float:
-    with simulated_root(model, plans) as root, Engine(root) as engine:
+def error(model, programs: list[Program], tokens: list[int], expected: np.ndarray) -> float:
+    with simulated_root(model, programs) as root, Engine(root) as engine:
         return float(np.abs(engine.logits(tokens) - expected).max())
 
 
-def plans_of(model, n_nodes: int = 1) -> list[Program]:
+def programs_of(model, n_nodes: int = 1) -> list[Program]:
     return programs(model.config, Cluster(local_workers=n_nodes - 1, sync=FloatType.F32))
 
 
@@ -61,7 +61,7 @@ def test_the_other_pairing_of_rope(golden):
     file, tokens, expected = golden
     other = Pairs.HALVES if file.config.rope_pairs is Pairs.ADJACENT else Pairs.ADJACENT
     model = Changed(file, rope_pairs=other)
-    assert error(model, plans_of(model), tokens, expected) > WRONG
+    assert error(model, programs_of(model), tokens, expected) > WRONG
 
 
 WITH_EXPERTS = [name for name in EVERY if "moe" in name]
@@ -78,7 +78,7 @@ def test_another_router(golden, change):
     if change.get("scale") == file.config.experts.scale:
         pytest.skip("that is its scale")
     model = Changed(file, experts=replace(file.config.experts, **change))
-    assert error(model, plans_of(model), tokens, expected) > WRONG / 5
+    assert error(model, programs_of(model), tokens, expected) > WRONG / 5
 
 
 @pytest.mark.parametrize("golden", WITH_EXPERTS, indirect=True)
@@ -93,10 +93,10 @@ def test_a_bias_that_reaches_the_weights(golden, monkeypatch):
         out[:] *= scale / out.sum(axis=1, keepdims=True)
 
     monkeypatch.setenv("PYLLAMA_KERNELS", "reference")
-    plans = plans_of(file)
-    assert error(file, plans, tokens, expected) < 1e-3
+    programs = programs_of(file)
+    assert error(file, programs, tokens, expected) < 1e-3
     monkeypatch.setattr(reference, "route", wrong)
-    assert error(file, plans, tokens, expected) > WRONG / 5
+    assert error(file, programs, tokens, expected) > WRONG / 5
 
 
 @pytest.mark.parametrize("golden", ["glm4_bias_bf16"], indirect=True)
@@ -122,14 +122,14 @@ def test_a_norm_before_the_reduction(golden):
                 yield Add("sum", "x")
         yield from layers.head()
 
-    def wrong_plans(n_nodes: int) -> list[Program]:
+    def wrong_programs(n_nodes: int) -> list[Program]:
         limits = {"max_rows": 64, "max_logits": 8, "n_seqs": 1, "n_blocks": 1, "seq_len": 64}
-        plan = Plan(shares(c, n_nodes), FloatType.F32, FloatType.F32, **limits)
+        plan = ShardingPlan(shards(c, n_nodes), FloatType.F32, FloatType.F32, **limits)
         layers = [Layers(c, plan, node) for node in range(n_nodes)]
         return [each.program(steps(each)) for each in layers]
 
-    assert error(file, wrong_plans(1), tokens, expected) < 1e-3
-    assert error(file, wrong_plans(2), tokens, expected) > WRONG
+    assert error(file, wrong_programs(1), tokens, expected) < 1e-3
+    assert error(file, wrong_programs(2), tokens, expected) > WRONG
 
 
 def test_every_family_is_here():

@@ -14,13 +14,13 @@ from pyllama_dist.config import FloatType, ModelConfig, Tensor
 from pyllama_dist.executor.lowering import Cut, Lowering, Row
 from pyllama_dist.executor.memory import Memory
 from pyllama_dist.models.layers import Instruction, Layers
-from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.models.plan import ShardingPlan, shards
 from pyllama_dist.ops import Add
 from pyllama_dist.program import Batch, Buffer, Name, Op, Part, Program, Shapes, ops_by_tag
 from pyllama_dist.simulate import simulated_root
 from pyllama_dist.validate import Check
 from pyllama_kernels.entry import entry
-from pyllama_kernels.optable import f32, share
+from pyllama_kernels.optable import f32, split
 
 pytestmark = pytest.mark.timeout(120)
 TOKENS = (5, 9, 2, 100, 0, 9, 77, 31)
@@ -33,7 +33,7 @@ TOKENS = (5, 9, 2, 100, 0, 9, 77, 31)
 def relu_squared(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     size = step[op.rows] * op.n
     x, out = f32(op.a, size), f32(op.out, size)
-    first, last = share(size, part, parts)
+    first, last = split(size, part, parts)
     for i in range(first, last):
         out[i] = max(x[i], np.float32(0)) ** 2
 
@@ -80,13 +80,13 @@ def tensors(c: ModelConfig) -> list[Tensor]:
     return [*found, vector("norm"), matrix("lm_head", c.vocab_size, c.dim)]
 
 
-def build(c: ModelConfig, plan: Plan, node: int) -> Program:
+def build(c: ModelConfig, plan: ShardingPlan, node: int) -> Program:
     layers = Layers(c, plan, node)
 
     def instructions() -> Iterator[Instruction]:
         yield from layers.start()
         for layer in range(c.n_layers):
-            at, ffn = f"layers.{layer}", layers.share.ffn
+            at, ffn = f"layers.{layer}", layers.shard.ffn
             yield layers.norm("x", "y", f"{at}.input_layernorm")
             yield from layers.attention_block(layer)
             yield from layers.all_reduce()
@@ -116,7 +116,7 @@ def test_a_new_op_and_a_new_model_run_on_any_number_of_nodes(
         monkeypatch.setenv("PYLLAMA_KERNELS", kernels)
     other = tiny(qkv_bias=False, weights=weights)
     model = type(other)(other.config, tensors(other.config))
-    plan = Plan(shares(model.config, n_nodes), FloatType.F32, FloatType.F32, 8, 8, 1, 1, 32)
+    plan = ShardingPlan(shards(model.config, n_nodes), FloatType.F32, FloatType.F32, 8, 8, 1, 1, 32)
     programs = [build(model.config, plan, node) for node in range(n_nodes)]
     rows = range(len(TOKENS))
     with simulated_root(model, programs, n_threads=2) as root:
@@ -142,9 +142,9 @@ def logits_of(model, tokens: tuple[int, ...]) -> np.ndarray:
         pairs = np.arange(c.rotary_dim // 2)
         angles = np.outer(np.arange(n), c.rope_theta ** (-2 * pairs / c.rotary_dim))
         first, second = x[..., 0 : c.rotary_dim : 2], x[..., 1 : c.rotary_dim : 2]
-        turned = (first + 1j * second) * np.exp(1j * angles)[:, None]
+        rotated = (first + 1j * second) * np.exp(1j * angles)[:, None]
         out = x.copy()
-        out[..., 0 : c.rotary_dim : 2], out[..., 1 : c.rotary_dim : 2] = turned.real, turned.imag
+        out[..., 0 : c.rotary_dim : 2], out[..., 1 : c.rotary_dim : 2] = rotated.real, rotated.imag
         return out
 
     x = model.values("embed_tokens")[list(tokens)]

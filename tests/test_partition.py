@@ -1,4 +1,4 @@
-"""Shares tile the whole, and what the nodes hold put together is the model."""
+"""Shards tile the whole, and what the nodes hold put together is the model."""
 
 import numpy as np
 import pytest
@@ -47,21 +47,21 @@ def test_a_cut_tiles_the_whole(total, parts, unit):
 
 @given(cuttings())
 def test_shares_tile_the_model(sizes):
-    shares = partition(**sizes)
+    shards = partition(**sizes)
     unit = head_unit(sizes["head_dim"], sizes["block"])
-    assert len(shares) == sizes["n_nodes"]
-    assert_tiles([share.heads for share in shares], sizes["n_heads"], unit)
-    assert_tiles([share.ffn for share in shares], sizes["ffn_dim"], BLOCK)
-    assert_tiles([share.vocab for share in shares], sizes["vocab_size"], 1)
+    assert len(shards) == sizes["n_nodes"]
+    assert_tiles([shard.heads for shard in shards], sizes["n_heads"], unit)
+    assert_tiles([shard.ffn for shard in shards], sizes["ffn_dim"], BLOCK)
+    assert_tiles([shard.vocab for shard in shards], sizes["vocab_size"], 1)
 
 
 @given(cuttings())
 def test_every_node_has_query_heads_and_just_the_key_heads_that_they_read(sizes):
     group = sizes["n_heads"] // sizes["n_kv_heads"]
-    for share in partition(**sizes):
-        read = {head // group for head in range(*share.heads)}
+    for shard in partition(**sizes):
+        read = {head // group for head in range(*shard.heads)}
         assert read
-        assert set(range(*share.kv_heads)) == read
+        assert set(range(*shard.kv_heads)) == read
 
 
 @given(st.sampled_from(HEAD_DIMS), st.sampled_from((1, BLOCK)))
@@ -119,7 +119,7 @@ def test_what_nodes_hold_put_together_is_the_model(tiny, weights_type, n_nodes):
 def test_partial_sums_over_columns_add_up(sizes, seed):
     rng = np.random.default_rng(seed)
     for field in ("heads", "ffn"):
-        ranges = [getattr(share, field) for share in partition(**sizes)]
+        ranges = [getattr(shard, field) for shard in partition(**sizes)]
         x = rng.integers(-9, 10, (3, ranges[-1][1])).astype(np.float64)
         matrix = rng.integers(-9, 10, (5, ranges[-1][1])).astype(np.float64)
         partial = [x[:, a:z] @ matrix[:, a:z].T for a, z in ranges]

@@ -36,8 +36,8 @@ PYLLAMA = [sys.executable, "-m", "pyllama_dist"]
 # A worker that has no names: all connections to it are TCP.
 ELSEWHERE = """
 from pyllama_dist.cli import main
-from pyllama_dist.net.zeromq import doors
-doors._bind_name = lambda socket: ""
+from pyllama_dist.net.zeromq import endpoints
+endpoints._bind_name = lambda socket: ""
 main()
 """
 LONG = ["--prompt", "hello", "--temperature", "0", "--nthreads", "1"]
@@ -404,7 +404,7 @@ def test_strangers_at_all_ports_do_not_disturb_a_session(worker, run, endless, e
         for connection in process.net_connections("unix")
         if connection.laddr.startswith("@pyllama-dist-")
     ]
-    # The public port, and the root's door: a port, and a name by which it has come.
+    # The public port, and the root's endpoint: a port, and a name by which it has come.
     assert (len(ports), len(names)) == (2, 0 if elsewhere or sys.platform != "linux" else 2)
     for _ in range(700):
         for address in (*ports, *names[:1]):
@@ -422,23 +422,23 @@ def test_a_root_that_goes_while_weights_are_sent_is_noticed(worker):
     """Somebody who meets a worker as a root would, and then is gone."""
     one = worker()
     context = zmq.Context()
-    door = context.socket(zmq.DEALER)
-    door.connect(f"tcp://{one.address}")
+    public = context.socket(zmq.DEALER)
+    public.connect(f"tcp://{one.address}")
 
     def ask(answer: str, **fields: object) -> dict[str, object]:
-        door.send(seal(msgpack.packb(fields)))
-        assert door.poll(10_000)
-        found = msgpack.unpackb(unseal(door.recv()))
+        public.send(seal(msgpack.packb(fields)))
+        assert public.poll(10_000)
+        found = msgpack.unpackb(unseal(public.recv()))
         assert found["type"] == answer, found
         return found
 
     session = bytes(16)
     ask("welcome", type="hello", protocol=PROTOCOL, version="0", session=session)
-    ((port, _),) = ask("bound", type="join", node=1, n_nodes=2)["doors"]
+    ((port, _),) = ask("bound", type="join", node=1, n_nodes=2)["endpoints"]
     data = context.socket(zmq.PAIR)
     data.connect(f"tcp://127.0.0.1:{port}")
     data.send(seal(msgpack.packb({"type": "link", "session": session, "node": 0})))
-    ask("meshed", type="peers", addresses=["the root", one.address], doors=[])
+    ask("meshed", type="peers", addresses=["the root", one.address], endpoints=[])
     context.destroy(linger=0)
     one.output("lost the root: .* in phase NET; listening again", timeout=10)
     answers(one)

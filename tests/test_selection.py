@@ -1,4 +1,4 @@
-"""Which positions a sparse attention looks at: by hand, and against the twin."""
+"""The positions that sparse attention selects: by hand, and against the reference."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def kept_keys(x: np.ndarray, kind: int) -> np.ndarray:
 
 
 def both(query, weights, keys, kind, positions, top_k, seq_len):
-    """What the kernel and its twin select."""
+    """What the kernel and its reference implementation select."""
     seqs, positions = np.zeros(len(positions), np.int64), np.array(positions, np.int64)
     found = np.full((len(positions), seq_len), np.nan, F32)
     expected = found.copy()
@@ -46,7 +46,9 @@ def both(query, weights, keys, kind, positions, top_k, seq_len):
     st.integers(1, 40),
     st.integers(0, 1 << 30),
 )
-def test_the_kernel_selects_what_its_twin_does(kind, positions, heads, top_k, seed):
+def test_the_kernel_selects_what_its_reference_implementation_does(
+    kind, positions, heads, top_k, seed
+):
     rng = np.random.default_rng(seed)
     query = rng.standard_normal((len(positions), heads, 32), F32)
     weights = rng.standard_normal((len(positions), heads), F32)

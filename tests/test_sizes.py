@@ -99,7 +99,7 @@ def test_nodes_share_a_model_and_repeat_what_each_needs():
     config = config_of("glm-4.5-air")
     nodes = node_sizes(config, Cluster(local_workers=2, max_seq_len=100))
     (alone,) = node_sizes(config, Cluster(max_seq_len=100))
-    kv_heads = [node.share.kv_heads for node in nodes]
+    kv_heads = [node.shard.kv_heads for node in nodes]
     assert kv_heads == [(0, 3), (2, 6), (5, 8)]  # of 8, for 32 query heads each
     assert [node.cache_bytes for node in nodes] == [
         128 * 2 * 46 * heads * 128 // 32 * 34
@@ -139,10 +139,10 @@ def test_a_shape_its_config_json_and_its_directory_are_the_same(cli, tmp_path):
     assert found[0]["sizes"]["kept_values"] == 14_336
     assert found[0]["bytes"] is None
     # 428 blocks of the FFN, 65024 rows of the head, 8 of 32 heads, whose two key heads 16 share.
-    assert [node["share"]["ffn"] for node in found[0]["nodes"]][-1] == [321 * 32, 13696]
-    assert [node["share"]["vocab"] for node in found[0]["nodes"]][1] == [16256, 32512]
-    assert [node["share"]["heads"] for node in found[0]["nodes"]][2] == [16, 24]
-    assert [node["share"]["kv_heads"] for node in found[0]["nodes"]] == [[0, 1]] * 2 + [[1, 2]] * 2
+    assert [node["shard"]["ffn"] for node in found[0]["nodes"]][-1] == [321 * 32, 13696]
+    assert [node["shard"]["vocab"] for node in found[0]["nodes"]][1] == [16256, 32512]
+    assert [node["shard"]["heads"] for node in found[0]["nodes"]][2] == [16, 24]
+    assert [node["shard"]["kv_heads"] for node in found[0]["nodes"]] == [[0, 1]] * 2 + [[1, 2]] * 2
     assert {node["seq_len"] for node in found[0]["nodes"]} == {512}
 
 

@@ -1,7 +1,7 @@
 """Files of distributed-llama: written here by its description, run, and compared with NumPy.
 
-Weights are kept as Hugging Face has them, where heads turn in halves; what is written for a Llama
-is in distributed-llama's order, so that the order is seen by the logits too.
+Weights have Hugging Face's order, where RoPE pairs i and i + half; a Llama's file is written in
+distributed-llama's order, so that the logits check the order too.
 """
 
 import json
@@ -172,8 +172,8 @@ def file_bytes(
     parts = [header(found)]
     for name, is_matrix in order(t):
         values = weights[name]
-        turned = name.endswith(("q_proj.weight", "k_proj.weight")) and found.get(18) != 1
-        if t.permuted and turned:
+        rotated = name.endswith(("q_proj.weight", "k_proj.weight")) and found.get(18) != 1
+        if t.permuted and rotated:
             values = adjacent(values, t.head_dim)
         parts.append(q40(values) if is_matrix and kind == "q40" else values.tobytes())
     return b"".join(parts)
@@ -218,7 +218,7 @@ def frequencies(t: Tiny) -> np.ndarray:
 
 
 def rope(x: np.ndarray, t: Tiny) -> np.ndarray:
-    """[positions, heads, head_dim], turned in halves."""
+    """[positions, heads, head_dim], rotated in halves."""
     angles = np.arange(len(x))[:, None, None] * frequencies(t)
     a, b = np.split(x, 2, axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)

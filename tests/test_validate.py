@@ -264,7 +264,7 @@ MANY_EXPERTS = ExpertMatmul(
 BAD_PROGRAMS = {
     "node 3 of 3 nodes": lambda p: replace(p, node=3),
     "node 1 of 257 nodes": lambda p: replace(p, n_nodes=257),
-    "pipe partials has 3 slots": lambda p: replace(p, n_nodes=4),
+    "pipe partials has 3 regions": lambda p: replace(p, n_nodes=4),
     "segments, at most": lambda p: replace(p, segments=(Segment("idle"),) * 4097),
     "more than 65536 ops": lambda p: replace(
         p, segments=(Segment("long", (Add("y", "y"),) * 65537),)
@@ -279,8 +279,8 @@ BAD_PROGRAMS = {
     ),
     "same name": lambda p: replace(p, buffers=(*p.buffers, p.buffers[0])),
     "have the same name": lambda p: replace(p, caches=(Cache("y", F32, 1, 1), *p.caches)),
-    "pipe x has 2 slots": with_memory("pipes", widths=(64, 64)),
-    "pipe x has 0 slots": with_memory("pipes", widths=()),
+    "pipe x has 2 regions": with_memory("pipes", widths=(64, 64)),
+    "pipe x has 0 regions": with_memory("pipes", widths=()),
     "x is F16": with_memory("pipes", float_type=F16),
     "y is Q40": with_memory("buffers", float_type=Q40),
     "k.0 is Q40; caches are F32, F16, Q80": with_memory("caches", float_type=Q40),
@@ -290,7 +290,7 @@ BAD_PROGRAMS = {
     ),
     "extra is not whole blocks": lambda p: replace(p, pipes=(*p.pipes, Pipe("extra", Q80, (31,)))),
     "syncs y, which is no pipe": with_sync(pipe="y", kind=SyncKind.WITH_ROOT),
-    "x has no slot for each": with_sync(pipe="x", kind=SyncKind.NODE_SLICES_EXCEPT_ROOT),
+    "x has no region for each": with_sync(pipe="x", kind=SyncKind.NODE_SLICES_EXCEPT_ROOT),
 }
 
 
@@ -316,12 +316,12 @@ def test_caches_that_differ_are_refused(program, other):
 
 BAD_SUMS = {
     "y, which is no pipe": AllReduce("y", "sum"),
-    "pipe x has no slot for each node": AllReduce("x", "sum"),
-    "AllReduce: slots and target differ in width": AllReduce("logits", "sum"),
+    "pipe x has no region for each node": AllReduce("x", "sum"),
+    "AllReduce: regions and target differ in width": AllReduce("logits", "sum"),
     "AllReduce: nowhere does not exist": AllReduce("partials", "nowhere"),
     "AllReduce: the target must be a buffer": AllReduce("partials", "x"),
     "AllReduce: y_q80 is not float32": AllReduce("partials", "y_q80"),
-    "AllReduce: slots and target differ": AllReduce("partials", "q"),
+    "AllReduce: regions and target differ": AllReduce("partials", "q"),
     "AllReduce: partials, last: other rows": AllReduce("partials", "last"),
 }
 

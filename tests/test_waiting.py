@@ -1,4 +1,4 @@
-"""How a node waits for frames: awake for a short while if its core is its own, then asleep."""
+"""How a node waits for frames: it busy-polls for a short time, then blocks."""
 
 import os
 import random
@@ -30,13 +30,13 @@ def nodes(request):
         context = open_context()
         stack.callback(context.destroy, linger=0)
         meshes = [stack.enter_context(closing(ZmqMesh(context, "127.0.0.1"))) for _ in NAMES]
-        doors = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
-        assert all(name for some in doors for _, name in some) or sys.platform != "linux"
+        endpoints = [mesh.bind(range(node)) for node, mesh in enumerate(meshes)]
+        assert all(name for some in endpoints for _, name in some) or sys.platform != "linux"
         if request.param == "tcp":
-            doors = [[(port, "") for port, _ in some] for some in doors]
+            endpoints = [[(port, "") for port, _ in some] for some in endpoints]
         for node, mesh in enumerate(meshes):
             higher = range(node + 1, len(meshes))
-            mesh.connect({other: ("127.0.0.1", doors[other][node]) for other in higher})
+            mesh.connect({other: ("127.0.0.1", endpoints[other][node]) for other in higher})
         greetings = [
             threading.Thread(target=mesh.greet, args=(bytes(16), node, NAMES, 10))
             for node, mesh in enumerate(meshes)
@@ -59,35 +59,35 @@ def receive(mesh, *nodes, timeout=10.0):
     return [bytes(frame) for frame in memory.values()]
 
 
-def on_offer(monkeypatch, do):
-    """Does something each time that a node offers its core; counts how often that is."""
-    offers = []
+def on_yield(monkeypatch, do):
+    """Calls `do` at each yield of a core; returns a list with an item for each yield."""
+    yields = []
 
-    def offer():
-        offers.append(None)
-        do(len(offers))
+    def yield_once():
+        yields.append(None)
+        do(len(yields))
 
-    monkeypatch.setattr(mesh_module, "yield_core", offer)
-    return offers
+    monkeypatch.setattr(mesh_module, "yield_core", yield_once)
+    return yields
 
 
-def test_a_frame_that_comes_soon_is_met_awake(nodes, monkeypatch):
-    monkeypatch.setattr(mesh_module, "LOOKING", 30.0)
+def test_a_frame_that_comes_soon_is_received_while_busy_polling(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "BUSY_POLL", 30.0)
     monkeypatch.setattr(mesh_module, "CROWDED", 30.0)
-    offers = on_offer(monkeypatch, lambda count: count == 3 and send(nodes[1], 0))
+    yields = on_yield(monkeypatch, lambda count: count == 3 and send(nodes[1], 0))
     assert receive(nodes[0], 1) == [FRAME]
-    assert len(offers) >= 3
+    assert len(yields) >= 3
 
 
-def test_who_sends_lets_zeromq_send(nodes, monkeypatch):
-    offers = on_offer(monkeypatch, lambda count: None)
+def test_a_sender_yields_its_core_to_libzmq(nodes, monkeypatch):
+    yields = on_yield(monkeypatch, lambda count: None)
     send(nodes[0], 1)
-    assert len(offers) == 1
+    assert len(yields) == 1
 
 
-def test_frames_that_come_late_are_met_asleep(nodes, monkeypatch):
-    monkeypatch.setattr(mesh_module, "LOOKING", 0.0)
-    offers = on_offer(monkeypatch, lambda count: None)
+def test_late_frames_are_received_by_a_blocked_thread(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "BUSY_POLL", 0.0)
+    yields = on_yield(monkeypatch, lambda count: None)
     naps = 3 * mesh_module.NAP_MS / 1000
     late = [threading.Timer(naps / node, send, (nodes[node], 0)) for node in (1, 2)]
     for timer in late:
@@ -95,40 +95,40 @@ def test_frames_that_come_late_are_met_asleep(nodes, monkeypatch):
     assert receive(nodes[0], 1, 2) == [FRAME, FRAME]
     for timer in late:
         timer.join()
-    assert len(offers) == 2  # by those who send
+    assert len(yields) == 2  # by the senders
 
 
-def test_who_has_looked_in_vain_sleeps_at_once_for_a_while(nodes, monkeypatch):
-    monkeypatch.setattr(mesh_module, "LOOKING", 30.0)
+def test_polls_that_find_nothing_back_off(nodes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "BUSY_POLL", 30.0)
     monkeypatch.setattr(mesh_module, "CROWDED", 0.005)
-    monkeypatch.setattr(mesh_module, "RESTS", (2, 4))
-    offers = on_offer(monkeypatch, lambda count: time.sleep(2 * mesh_module.CROWDED))
+    monkeypatch.setattr(mesh_module, "BACKOFF", (2, 4))
+    yields = on_yield(monkeypatch, lambda count: time.sleep(2 * mesh_module.CROWDED))
     low = nodes[0]
-    low._next_rests = 2
+    low._next_blocking = 2
 
-    def looks(soon=False):
+    def polls(soon=False):
         sending = threading.Timer(0.0 if soon else 0.03, send, (nodes[1], 0))
         sending.start()
         while soon and not low._peers[1].socket.poll(1000):
             pass
         assert receive(low, 1) == [FRAME]
         sending.join()
-        count = len(offers) - 1  # one by who sends
-        offers.clear()
+        count = len(yields) - 1  # one by the sender
+        yields.clear()
         return count
 
-    assert [looks() for _ in range(13)] == [1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
-    send(low, 1)  # hears nothing, and learns nothing
-    offers.clear()
-    assert looks() == 1
-    assert [looks() for _ in range(4)] == [0, 0, 0, 0]
-    assert looks(soon=True) == 0
-    assert [looks() for _ in range(4)] == [1, 0, 0, 1]
+    assert [polls() for _ in range(13)] == [1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    send(low, 1)  # receives nothing: no poll, so no backoff
+    yields.clear()
+    assert polls() == 1
+    assert [polls() for _ in range(4)] == [0, 0, 0, 0]
+    assert polls(soon=True) == 0
+    assert [polls() for _ in range(4)] == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("late", [1, 2])
-def test_a_frame_that_never_comes_is_a_deadline_of_who_has_not_sent(nodes, monkeypatch, late):
-    monkeypatch.setattr(mesh_module, "LOOKING", 0.0)  # or what has come would be taken first
+def test_a_deadline_names_the_peer_that_has_not_sent(nodes, monkeypatch, late):
+    monkeypatch.setattr(mesh_module, "BUSY_POLL", 0.0)  # or what has come would be taken first
     send(nodes[3 - late], 0)
     while not nodes[0]._peers[3 - late].socket.poll(1000):
         pass
@@ -136,7 +136,7 @@ def test_a_frame_that_never_comes_is_a_deadline_of_who_has_not_sent(nodes, monke
         receive(nodes[0], 1, 2, timeout=0.01)
 
 
-def test_a_sleeper_hears_of_a_peer_that_goes(nodes):
+def test_a_blocked_receive_ends_when_a_peer_goes(nodes):
     leaving = threading.Timer(0.1, nodes[2].close)
     leaving.start()
     with pytest.raises(LostError, match="lost third: its connection closed"):

@@ -1,18 +1,19 @@
 """Attention over the pages of a cache, for any number of threads.
 
-The queries that read the same key head are taken together: some rows of the batch, and all heads
-that share the key head. A page serves all of them while it is near: their scores are one small
-product, the weighted sum of the values another. That is done for one chunk of positions after the
-other, and the softmax is kept running from chunk to chunk.
+Queries that read the same key head form one batch: some rows, and all query heads that share the
+key head. They reuse a page while it is in the cache: their scores are one small matrix product, the
+weighted sum of the values another. The kernel goes through the context in chunks of positions and
+carries an online softmax from chunk to chunk.
 
-What is added up for a query, and in which order, depends on its position alone: sums of a chunk
-start from zero, and chunks are added one after the other. So no result depends on the batch, on
-where blocks lie, or on the threads.
+The order of a query's additions depends on its position alone: sums of a chunk start from zero, and
+chunks are added in their order. So no result depends on the batch, on where blocks lie, or on the
+threads.
 
-A few rows (a decode step) would be too few parts for many threads. There each chunk is a part of
-its own, and `join` adds them up; elsewhere one thread takes all chunks.
+In a decode step, a few rows would be too few parts for many threads. There each chunk is a part of
+its own, and `join` adds the chunks; otherwise one thread takes all chunks of its queries.
 
-Where keys and values are one (latent attention), a page of values is made of the page of keys.
+In latent attention, keys and values are the same array: a page of values is made from the page of
+keys.
 
 Sources: Milakov and Gimelshein, Online normalizer calculation, 2018; Dao et al., FlashAttention,
 2022; for the chunks, Dao et al., Flash-Decoding, 2023.
@@ -30,7 +31,7 @@ from numba.extending import intrinsic
 
 from pyllama_kernels import latent
 from pyllama_kernels.byte_tile import TILE, one_page, two_pages
-from pyllama_kernels.cache import turn_keys, unpack_numbers, widen_values
+from pyllama_kernels.cache import transpose_keys, unpack_numbers, widen_values
 from pyllama_kernels.exponential import exp, exp_of_differences
 from pyllama_kernels.halves import IN_HARDWARE, float_to_half, half_to_float
 from pyllama_kernels.jit import exact_kernel, kernel
@@ -55,7 +56,7 @@ from pyllama_kernels.pages import (
 from pyllama_kernels.rounding import round_block
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
-MOST = 64  # query heads and rows that are taken together
+MOST = 64  # queries (rows times query heads) in one batch
 _AHEAD = 8192  # bytes, at least, from what is read of a cache to what is asked for
 _QUERY_BYTES = 4  # of a number of a query: as float32, or rounded
 _AT_ONCE = 8  # queries whose sums fit into registers
@@ -66,15 +67,15 @@ _CHUNK_PAGES = CHUNK // PAGE
 def scratch_bytes(head_dim: int) -> int:
     """Memory that each thread needs beside the arrays; values are no wider than keys."""
     queries = MOST * (_QUERY_BYTES * head_dim + 4 * head_dim + 4 * (head_dim + 2))
-    turned = latent.scratch_bytes(head_dim, MOST, KV_BLOCK)
-    return queries + 4 * (PAGE * head_dim + MOST * (PAGE + _ROW + 2)) + turned
+    transposed = latent.scratch_bytes(head_dim, MOST, KV_BLOCK)
+    return queries + 4 * (PAGE * head_dim + MOST * (PAGE + _ROW + 2)) + transposed
 
 
 @kernel
 def _next_rows(
     seqs: Any, positions: Any, begin: int, group: int, free: int
 ) -> tuple[int, int, bool]:
-    """The rows of one sequence from `begin` on that are taken together.
+    """Finds the rows of one sequence from `begin` on that form a batch.
 
     Returns the row after the last one, the chunks of their positions, and whether each of these is
     a part of its own: then there is room for them among the cells that are free.
@@ -129,7 +130,7 @@ def attend(
     """
     rows, heads, _ = query.shape
     first_key, last_key = first // group, (first + heads - 1) // group
-    at_once = min(group, MOST)  # heads that are taken together
+    at_once = min(group, MOST)  # heads in one batch
     unit, mine = 0, False
     for kv_head in range(first_key, last_key + 1):
         first_head, stop_head = max(0, kv_head * group - first), (kv_head + 1) * group - first
@@ -188,7 +189,7 @@ def _attend(
     from `cell` on; or, where that is -1, to what the chunks before have left in the scratch.
     """
     keys, values, _, page_bytes, _ = cached
-    m, turned = out.shape[2], keys == values  # values are made of keys
+    m, from_keys = out.shape[2], keys == values  # latent attention: values are made from keys
     (first_row, last_row), (first_head, last_head), (chunk, chunks) = row_span, head_span, chunk_of
     heads = last_head - first_head
     queries = (last_row - first_row) * heads
@@ -207,7 +208,7 @@ def _attend(
     sums = carray(float32_pointer(scores_at + 4 * (_ROW + 1) * MOST), (queries,))
     spare = scores_at + 4 * (_ROW + 2) * MOST
 
-    # Pages are multiplied as they are kept if that is as fast; many queries share what is unpacked.
+    # Pages are multiplied in their own dtype if that is as fast, else unpacked for all queries.
     few, whole = queries <= _AT_ONCE, m // PAGE * PAGE
     as_kept = kind == KEPT_F32 or (kind == KEPT_F16 and few and whole == m)
     size = 2 if as_kept and kind == KEPT_F16 else 4  # bytes of a number in what is multiplied
@@ -233,14 +234,14 @@ def _attend(
             scores[i, j] += added[j]
     for i in range(queries):
         limit = positions[first_row + i // heads] + 1 - PAGE * first
-        sums[i], largest[i] = _soften(scores[i, : PAGE * pages], limit)
+        sums[i], largest[i] = _softmax_weights(scores[i, : PAGE * pages], limit)
     totals[:] = 0
-    if turned and kind == KEPT_Q80:
+    if from_keys and kind == KEPT_Q80:
         for page in range(0, pages, BLOCK_PAGES):
             at, some = _page(cached, keys, first + page), min(BLOCK_PAGES, pages - page)
             block = carray(uint8_pointer(at), (some, page_bytes))
             add_values(block, m, scores[:, PAGE * page :], queries, totals, spare)
-    for page in range(0 if turned and kind == KEPT_Q80 else pages):
+    for page in range(0 if from_keys and kind == KEPT_Q80 else pages):
         a, b = scores_at + 4 * PAGE * page, _page(cached, values, first + page)
         ahead = _page_ahead(cached, stream, pages + page) - b
         if kind == KEPT_Q80 and few:
@@ -252,8 +253,8 @@ def _attend(
             _add_many(b, m, a, row_bytes, queries, totals_at, page_at, scaled_at)
             continue
         value_size = size
-        if turned:
-            turn_keys(carray(uint8_pointer(b), (page_bytes,)), kind, m, page_values)
+        if from_keys:
+            transpose_keys(carray(uint8_pointer(b), (page_bytes,)), kind, m, page_values)
             b, ahead, value_size = page_at, 0, 4
         elif not as_kept:
             unpack_numbers(carray(uint8_pointer(b), (page_bytes,)), kind, page_values)
@@ -278,7 +279,7 @@ def _attend(
         elif chunks == 1:
             _divide(totals[i], sums[i], out[first_row + row, head])
         else:
-            _add_chunk(held[i], totals[i], sums[i], largest[i], chunk)
+            _online_softmax_update(held[i], totals[i], sums[i], largest[i], chunk)
             if chunk == chunks - 1:
                 _divide(held[i], held[i, m], out[first_row + row, head])
 
@@ -487,10 +488,11 @@ def _scale(typingctx, weights, stride, block, queries, scaled):
 
 
 @kernel
-def _soften(scores: Any, limit: int) -> tuple[float, float]:
-    """Scores to weights, for the first `limit` positions; the sum of them, and the largest score.
+def _softmax_weights(scores: Any, limit: int) -> tuple[float, float]:
+    """Replaces the scores of a chunk by exp(score - largest), the softmax's unnormalised weights.
 
-    The others get no weight. The largest is -inf if there are none, or none is selected.
+    Positions from `limit` on get weight 0. Returns the sum of the weights and the largest score,
+    which is -inf if no position is left or selected.
     """
     for j in range(max(0, limit), scores.size):
         scores[j] = float32(-np.inf)
@@ -503,8 +505,8 @@ def _soften(scores: Any, limit: int) -> tuple[float, float]:
 
 
 @exact_kernel
-def _add_chunk(held: Any, found: Any, weight: Any, largest: Any, chunk: int) -> None:
-    """Adds to the sums of earlier chunks what one more has found.
+def _online_softmax_update(held: Any, found: Any, weight: Any, largest: Any, chunk: int) -> None:
+    """Adds the sums of one more chunk to those of earlier chunks, both rescaled to one maximum.
 
     `held` is [n + 2] float32: sums of values, sum of weights, largest score, all of the earlier
     ones; `found` is [n] float32 of this chunk, with its weight and largest score.
@@ -552,7 +554,7 @@ def join(
             for head in range(first, last):
                 for chunk in range(chunks):
                     part = parts[cell + chunk, head]
-                    _add_chunk(held, part, part[m], part[m + 1], chunk)
+                    _online_softmax_update(held, part, part[m], part[m + 1], chunk)
                 _divide(held, held[m], out[row, head])
             cell += chunks
         begin = end

@@ -1,7 +1,7 @@
-"""How fast memory can be read: the limit of every kernel that meets each weight once.
+"""Measures memory bandwidth: the limit of every kernel that reads each weight once.
 
-Loads are 512 bits wide in the code; a CPU with narrower vectors takes several for each. They end in
-a sum, so that none is left out by the compiler.
+Loads are 512 bits wide in the code; on a CPU with narrower vectors each becomes several. Their sum
+is returned, so that the compiler cannot remove them.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, misc"

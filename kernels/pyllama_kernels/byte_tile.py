@@ -2,7 +2,7 @@
 
 What attention over a Q80 cache is made of. A tile of 4 queries meets two groups at once, so that
 each load serves several products: two pages of keys give the scores of 32 positions; two groups of
-turned values (see `latent`) give 32 numbers of the result.
+transposed values (see `latent`) give 32 numbers of the result.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
@@ -33,7 +33,7 @@ def _make_tile(groups: int, *, keys: bool) -> Any:
     """An intrinsic that adds to [4, 16 * groups] float32. Its arguments are addresses and sizes.
 
     They are the first group, bytes from one group to the next, the activations, blocks of inputs,
-    the sums, bytes from one row of sums to the next; and what to bring near meanwhile: an address,
+    the sums, bytes from one row of sums to the next; and what to prefetch meanwhile: an address,
     and lines of 64 bytes for each block.
 
     Args:
@@ -98,4 +98,4 @@ def _make_tile(groups: int, *, keys: bool) -> Any:
 
 two_pages = _make_tile(2, keys=True)
 one_page = _make_tile(1, keys=True)
-two_turned = _make_tile(2, keys=False)
+two_transposed = _make_tile(2, keys=False)

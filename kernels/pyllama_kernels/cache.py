@@ -150,7 +150,7 @@ def unpack_keys(page: Any, kind: int, out: Any) -> None:
 
 
 @intrinsic
-def _turn_q80(typingctx, page, blocks, out):
+def _transpose_q80(typingctx, page, blocks, out):
     """Blocks of Q80 keys to values as float32, in the order of a page. Addresses and a count.
 
     Four vectors hold 4 numbers of each of 16 positions; 16 numbers of a position are wanted.
@@ -182,13 +182,13 @@ def _turn_q80(typingctx, page, blocks, out):
 
 
 @kernel
-def turn_keys(page: Any, kind: int, n: int, out: Any) -> None:
+def transpose_keys(page: Any, kind: int, n: int, out: Any) -> None:
     """The first n numbers of a page of keys as float32, in the order of a page of values.
 
     `n` is a multiple of 16, and of 32 for Q80; `out` is [16 * n] float32.
     """
     if kind == KEPT_Q80:
-        _turn_q80(address_of(page), n // 32, address_of(out))
+        _transpose_q80(address_of(page), n // 32, address_of(out))
     elif kind == KEPT_F32:
         floats = _f32s(page, n, PAGE)
         for i in range(n):

@@ -21,7 +21,7 @@ from llvmlite import binding
 from numba.core import codegen
 from numba.core import config as numba_config
 
-REFERENCE = "reference"  # the NumPy twins
+REFERENCE = "reference"  # the NumPy reference implementations
 PORTABLE = "portable"
 
 # The features that each set of kernels needs, best set first. A test holds them against the sets.
@@ -148,7 +148,7 @@ def forced(asked: str, found: Collection[Candidate]) -> str:
 
 
 def load(name: str) -> ModuleType:
-    """The module of a set of kernels, or of the NumPy twins. It has `matmul_q40`."""
+    """The module of a set of kernels, or of the reference implementations; it has `matmul_q40`."""
     inside = name if name == REFERENCE else f"isa.{name}"
     return importlib.import_module(f"pyllama_kernels.{inside}")
 

@@ -18,21 +18,21 @@ from pyllama_kernels.lowlevel import float32_pointer
 from pyllama_kernels.simd import F32, Asm, Value
 
 _LANES = 16
-_SUMS = 4  # vectors of sums: one alone would wait for itself at every turn
-_TURN = _LANES * _SUMS  # products of a turn
+_SUMS = 4  # vectors of sums: one alone would wait for itself at every step
+_STEP = _LANES * _SUMS  # products of a step
 
 
 @intrinsic
-def _turns(typingctx, a, b, turns):
-    """The sum of 64 * turns products. Addresses and a number."""
+def _dot_steps(typingctx, a, b, steps):
+    """The sum of 64 * steps products. Addresses and a number."""
 
     def codegen(context, builder, signature, args):
         asm = Asm(builder)
-        a, b, turns = (Value(asm, value) for value in args)
+        a, b, steps = (Value(asm, value) for value in args)
         kind = ir.VectorType(F32, _LANES)
         sums = [asm.variable(asm.constant(kind, 0.0)) for _ in range(_SUMS)]
-        with asm.loop(turns) as turn:
-            first, second = a.plus(turn, 4 * _TURN), b.plus(turn, 4 * _TURN)
+        with asm.loop(steps) as step:
+            first, second = a.plus(step, 4 * _STEP), b.plus(step, 4 * _STEP)
             for i, total in enumerate(sums):
                 one, other = (asm.load(kind, line, 4 * _LANES * i) for line in (first, second))
                 total.set(asm.fused(one, other, total.get()))
@@ -45,9 +45,9 @@ def _turns(typingctx, a, b, turns):
 @exact_kernel
 def dot(a: int, b: int, n: int) -> Any:
     """The sum of n products of float32 that lie one after the other at two addresses."""
-    turns = n // _TURN
-    total = _turns(a, b, turns)
+    steps = n // _STEP
+    total = _dot_steps(a, b, steps)
     one, other = carray(float32_pointer(a), (n,)), carray(float32_pointer(b), (n,))
-    for i in range(turns * _TURN, n):
+    for i in range(steps * _STEP, n):
         total += one[i] * other[i]
     return total

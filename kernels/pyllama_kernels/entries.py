@@ -26,7 +26,7 @@ from pyllama_kernels.optable import (
     f32,
     i64,
     plan_at,
-    share,
+    split,
     table_of,
     u8,
 )
@@ -38,7 +38,7 @@ from pyllama_kernels.products import activations
 @entry
 def rms_norm(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(rows * op.heads, part, parts)
+    a, z = split(rows * op.heads, part, parts)
     x, out = f32(op.a, rows * op.heads, n), f32(op.out, rows * op.heads, n)
     ops.rms_norm(x[a:z], f32(op.w, n), op.epsilon, out[a:z])
 
@@ -46,7 +46,7 @@ def rms_norm(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def layer_norm(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(rows, part, parts)
+    a, z = split(rows, part, parts)
     x, out = f32(op.a, rows, n), f32(op.out, rows, n)
     ops.layer_norm(x[a:z], f32(op.w, n), f32(op.c, n), op.epsilon, out[a:z])
 
@@ -55,7 +55,7 @@ def layer_norm(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def quantize(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     blocks = rows * (n // BLOCK)
-    a, z = share(op.heads * blocks, part, parts)
+    a, z = split(op.heads * blocks, part, parts)
     while a < z:
         head = a // blocks
         stop = min(z, (head + 1) * blocks)
@@ -69,7 +69,7 @@ def quantize(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def pack_q80(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     blocks = rows * (n // BLOCK)
-    a, z = share(blocks, part, parts)
+    a, z = split(blocks, part, parts)
     ops.pack_q80(f32(op.a, blocks, BLOCK)[a:z], u8(op.out, blocks, 34)[a:z])
 
 
@@ -77,7 +77,7 @@ def pack_q80(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def silu_mul(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     # In whole blocks, as the op that rounds the result is cut.
-    a, z = share((rows * n + BLOCK - 1) // BLOCK, part, parts)
+    a, z = split((rows * n + BLOCK - 1) // BLOCK, part, parts)
     a, z = BLOCK * a, min(BLOCK * z, rows * n)
     gate, up, y = f32(op.a, rows * n), f32(op.b, rows * n), f32(op.out, rows * n)
     ops.silu_mul(gate[a:z], up[a:z], y[a:z])
@@ -86,16 +86,16 @@ def silu_mul(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def merge_f32(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(rows * n, part, parts)
-    slots_ = f32(op.a, op.parts, op.stride // 4)
-    ops.merge_f32(slots_[:, a:z], f32(op.out, rows * n)[a:z])
+    a, z = split(rows * n, part, parts)
+    regions = f32(op.a, op.parts, op.stride // 4)
+    ops.merge_f32(regions[:, a:z], f32(op.out, rows * n)[a:z])
 
 
 @entry
 def merge_q80(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     blocks = rows * (n // 32)
-    a, z = share(blocks, part, parts)
+    a, z = split(blocks, part, parts)
     packed = u8(op.a, op.parts, op.stride // 34, 34)
     ops.merge_q80(packed[:, a:z], f32(op.out, blocks, 32)[a:z])
 
@@ -103,7 +103,7 @@ def merge_q80(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def add(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(rows * n, part, parts)
+    a, z = split(rows * n, part, parts)
     ops.add(f32(op.a, rows * n)[a:z], f32(op.out, rows * n)[a:z])
 
 
@@ -111,7 +111,7 @@ def add(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def gather(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     index = i64(step[LOGITS], rows)
-    a, z = share(index.size, part, parts)
+    a, z = split(index.size, part, parts)
     x, out = f32(op.a, step[N_ROWS], n), f32(op.out, rows, n)
     ops.gather(x, index[a:z], out[a:z])
 
@@ -120,7 +120,7 @@ def gather(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def dispatch(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     index = rows_of_pairs(op)
-    a, z = share(index.size, part, parts)
+    a, z = split(index.size, part, parts)
     x, out = f32(op.a, step[N_ROWS], n), f32(op.out, rows, n)
     ops.gather(x, index[a:z], out[a:z])
 
@@ -128,7 +128,7 @@ def dispatch(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def rope(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n, m = step[op.rows], op.n, op.m
-    a, z = share(op.heads, part, parts)
+    a, z = split(op.heads, part, parts)
     cos, sin = f32(op.c, op.seq_len, m), f32(op.b, op.seq_len, m)
     x = f32(op.out, rows, op.heads, n)
     ops.rope(i64(step[POSITIONS], rows), cos, sin, op.kind != 0, x[:, a:z])
@@ -137,7 +137,7 @@ def rope(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def concat(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n, m = step[op.rows], op.n, op.m
-    a, z = share(rows, part, parts)
+    a, z = split(rows, part, parts)
     first, second = f32(op.a, rows, op.heads, n), f32(op.b, rows, op.heads, m - n)
     ops.concat(first[a:z], second[a:z], f32(op.out, rows, op.heads, m)[a:z])
 
@@ -145,7 +145,7 @@ def concat(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def store_keys(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(op.heads, part, parts)
+    a, z = split(op.heads, part, parts)
     seqs, positions = i64(step[SEQS], rows), i64(step[POSITIONS], rows)
     kept = u8(op.out, op.n_blocks, op.heads, BLOCK_PAGES, op.page_bytes)[:, a:z]
     x = f32(op.a, rows, op.heads, n)[:, a:z]
@@ -155,7 +155,7 @@ def store_keys(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def store_values(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(op.heads, part, parts)
+    a, z = split(op.heads, part, parts)
     seqs, positions = i64(step[SEQS], rows), i64(step[POSITIONS], rows)
     kept = u8(op.out, op.n_blocks, op.heads, BLOCK_PAGES, op.page_bytes)[:, a:z]
     x = f32(op.a, rows, op.heads, n)[:, a:z]
@@ -188,7 +188,7 @@ def attend(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def join(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, m = step[op.rows], op.m
-    a, z = share(op.heads, part, parts)
+    a, z = split(op.heads, part, parts)
     attention.join(
         f32(step[PARTS], step[CELLS], op.heads, m + 2),
         i64(step[SEQS], rows),
@@ -204,7 +204,7 @@ def join(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def select(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(rows, part, parts)
+    a, z = split(rows, part, parts)
     selection.select(
         f32(op.a, rows, op.heads, n),
         f32(op.b, rows, op.heads),
@@ -226,14 +226,14 @@ def select(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 def quantize_experts(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
     plan = plan_at(op.plan)
-    a, z = share(plan[PAIRS] * (n // BLOCK), part, parts)
+    a, z = split(plan[PAIRS] * (n // BLOCK), part, parts)
     experts.quantize_experts(f32(op.a, rows, n), plan, a, z, u8(op.out, 1))
 
 
 @entry
 def route(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(rows, part, parts)
+    a, z = split(rows, part, parts)
     experts.route(
         f32(op.a, rows, n)[a:z],
         f32(op.c, n if op.c else 0),
@@ -256,7 +256,7 @@ def make_plan(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
 @entry
 def combine(op: Any, step: Any, part: int, parts: int, thread: int) -> None:
     rows, n = step[op.rows], op.n
-    a, z = share(n, part, parts)
+    a, z = split(n, part, parts)
     plan = plan_at(op.plan)
     x, weights = f32(op.a, step[N_PAIRS], n), f32(op.b, rows, plan[EXPERTS])
     experts.combine(x[:, a:z], weights, plan, op.active, f32(op.out, rows, n)[:, a:z])

@@ -30,7 +30,7 @@ def _fingerprint() -> str:
     try:
         kernels = choose().name
     except KernelsError:
-        kernels = ""  # nothing will be run; whoever loads them is told why
+        kernels = ""  # nothing will be run; loading them raises the reason
     target = (here.machine, here.target, here.flags, kernels, platform.python_version())
     digest.update(repr((numba.__version__, llvmlite.__version__, target)).encode())
     return digest.hexdigest()[:16]

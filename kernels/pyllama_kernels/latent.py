@@ -1,15 +1,15 @@
-"""Weighted sums of values that are the keys themselves, kept as Q80: latent attention.
+"""Weighted sums of values for latent attention, where the Q80 keys are the values too.
 
-Keys lie so that products over their numbers need no sum across lanes; values are summed over
-positions instead. So pages are turned: 16 numbers of 32 positions lie as 16 rows of 32 inputs, and
-the weights of the positions are what meets them. All numbers of a position are brought to the
-largest of its blocks' scales, which goes to the weights; those are rounded as activations are, 32
-positions to a scale, once for all numbers.
+Scores are sums over the numbers of a key, and the layout of a page suits those. Values are summed
+over positions. So pages are transposed: 16 numbers of 32 positions become 16 rows of 32 inputs, to
+be multiplied with the weights of the positions. All numbers of a position are rescaled to the
+largest scale of its blocks, and that scale is moved into the position's weight. Weights are
+quantized as activations are, 32 positions to a scale, once for all numbers.
 
-    turned:  [m / 16][pairs of pages][8][16 numbers][4 positions] bytes, plus the bias of the
-             instruction set
-    weights: tiles of 4 queries, as `layout` has them: [pairs][32 int8 of each query, 4 scales,
-             4 offsets]
+    transposed: [m / 16][pairs of pages][8][16 numbers][4 positions] bytes, plus the bias of the
+                instruction set
+    weights:    tiles of 4 queries, as `layout` has them: [pairs][32 int8 of each query, 4 scales,
+                4 offsets]
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from pyllama_kernels.byte_tile import ISA, TILE, TILE_BYTES, two_turned
+from pyllama_kernels.byte_tile import ISA, TILE, TILE_BYTES, two_transposed
 from pyllama_kernels.halves import IN_HARDWARE
 from pyllama_kernels.jit import exact_kernel, kernel
 from pyllama_kernels.lowlevel import address_of, float32_pointer, uint8_pointer
@@ -42,7 +42,7 @@ def scratch_bytes(head_dim: int, queries: int, positions: int) -> int:
 
 @intrinsic
 def _largest_scales(typingctx, page, blocks, scales, inverses):
-    """Of each of a page's 16 positions the largest scale, and what makes it 1. Addresses."""
+    """The largest scale of each of a page's 16 positions, and its inverse. Addresses."""
 
     def codegen(context, builder, signature, args):
         asm = Asm(builder)
@@ -64,8 +64,8 @@ def _scales(asm: Asm, block: Value) -> Value:
 
 
 @intrinsic
-def _turn(typingctx, block, inverses, low, high):
-    """32 numbers of 16 positions as twice 16 rows of 16 inputs, of one scale. Addresses.
+def _transpose(typingctx, block, inverses, low, high):
+    """Transposes 32 numbers of 16 positions to twice 16 rows of 16 inputs of one scale. Addresses.
 
     A vector holds 4 numbers of 16 positions; wanted are 4 positions of 16 numbers.
     """
@@ -74,14 +74,14 @@ def _turn(typingctx, block, inverses, low, high):
         asm = Asm(builder)
         block, inverses, *targets = (Value(asm, value) for value in args)
         bytes_, lanes = ir.VectorType(I8, 64), ir.VectorType(I32, 16)
-        share = _scales(asm, block) * asm.load(ir.VectorType(F32, PAGE), inverses)
-        share = (share * asm.constant(share.type, 32767.0)).as_integers()
-        shares = (share | (share << asm.constant(lanes, 16))).bits_as(ir.VectorType(I16, 32))
+        ratio = _scales(asm, block) * asm.load(ir.VectorType(F32, PAGE), inverses)
+        ratio = (ratio * asm.constant(ratio.type, 32767.0)).as_integers()
+        ratios = (ratio | (ratio << asm.constant(lanes, 16))).bits_as(ir.VectorType(I16, 32))
         # Within 16 bytes: 4 positions of 4 numbers become 4 numbers of 4 positions.
         swap = [16 * q + 4 * p + i for q in range(4) for i in range(4) for p in range(4)]
         for half, target in enumerate(targets):
             a, b, c, d = (
-                _times(asm, asm.load(bytes_, block, 2 * PAGE + 64 * i), shares)
+                _times(asm, asm.load(bytes_, block, 2 * PAGE + 64 * i), ratios)
                 .part(*swap)
                 .bits_as(lanes)
                 for i in range(4 * half, 4 * half + 4)
@@ -96,18 +96,18 @@ def _turn(typingctx, block, inverses, low, high):
     return types.void(*[types.int64] * 4), codegen
 
 
-def _times(asm: Asm, numbers: Value, shares: Value) -> Value:
-    """64 int8 times shares of 32767 for each two of them, rounded, and with their bias."""
+def _times(asm: Asm, numbers: Value, ratios: Value) -> Value:
+    """64 int8 times int16 ratios (32767 is 1), one for each two, rounded, with the bias added."""
     words = ir.VectorType(I16, 32)
 
     def number(value: int) -> Value:
         return asm.constant(words, value)
 
     pairs = numbers.bits_as(words)
-    # A byte at the top of a word, times a share, keeps 7 bits more than a byte.
+    # A byte at the top of a word, times a ratio, keeps 7 bits more than a byte.
     rounds = number(64 + 128 * ISA.bias)
     first, second = (
-        word.high_product(shares) + rounds for word in (pairs << number(8), pairs & number(0xFF00))
+        word.high_product(ratios) + rounds for word in (pairs << number(8), pairs & number(0xFF00))
     )
     low, high = (first >> number(7)) & number(0xFF), (second << number(1)) & number(0xFF00)
     return (low | high).bits_as(numbers.type)
@@ -115,9 +115,9 @@ def _times(asm: Asm, numbers: Value, shares: Value) -> Value:
 
 @intrinsic
 def _round(typingctx, weights, scales, values, scale, offset):
-    """Rounds 32 float32, times 32 others, as activations are. Addresses.
+    """Quantizes 32 float32 weights, each times its scale, as activations are. Addresses.
 
-    Written are 32 int8, a float32 scale, and -8 times the sum of the int8.
+    Writes 32 int8, a float32 scale, and -8 times the sum of the int8.
     """
 
     def codegen(context, builder, signature, args):
@@ -176,7 +176,7 @@ def add_values(values: Any, m: int, scores: Any, queries: int, totals: Any, scra
         for block in range(blocks):
             source = address_of(values[page]) + block * _PAGE_BLOCK
             target = scratch + 2 * block * group_bytes + page // 2 * _CELL + page % 2 * (_CELL // 2)
-            _turn(source, inverses + place, target, target + group_bytes)
+            _transpose(source, inverses + place, target, target + group_bytes)
     for tile in range(tiles):
         for pair in range(pairs):
             cell = weights + (tile * pairs + pair) * TILE_BYTES
@@ -192,7 +192,7 @@ def add_values(values: Any, m: int, scores: Any, queries: int, totals: Any, scra
                 )
     for block in range(blocks):
         for tile in range(tiles):
-            two_turned(
+            two_transposed(
                 scratch + 2 * block * group_bytes,
                 group_bytes,
                 weights + tile * pairs * TILE_BYTES,

@@ -1,4 +1,4 @@
-"""The product with Q80 activations, written once; an instruction set says how to multiply bytes.
+"""The product with Q80 activations, written once; an instruction set supplies its dot products.
 
 A *tile* is the innermost loop: 16 rows of weights times 1 to 16 rows of a batch, over all blocks of
 inputs. Its sums stay in registers. See `layout` for what lies where.
@@ -19,7 +19,7 @@ from pyllama_kernels.layout import GROUP, GROUP_BYTES, ROW_BYTES, TILE_ROWS, til
 from pyllama_kernels.lowlevel import address_of, float32_pointer, stack
 from pyllama_kernels.simd import F32, I8, I16, I32, I64, Asm, Value
 
-# Bytes from a weight that is read to the one that is asked for, and where that goes (see
+# Prefetch distance in bytes, and the cache level that it goes to (see
 # `Asm.prefetch`). Measured: on Zen 4, 2 KiB costs 4 to 9 % against 1; on Zen 5, 4 KiB gains 9 % on
 # 1, and to leave the second level to the small ops' memory 2 to 4 % more; Intel needs 2 KiB to
 # reach what memory can give, and there the same hint halves it.
@@ -32,7 +32,7 @@ _SUMS_BYTES = 4 * TILE_ROWS * GROUP
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """What sets one CPU apart from another for this product.
+    """The part of this product that depends on the CPU.
 
     Its `Dots` add up inputs: of (asm, quads, x, start), `quads` are vectors of bytes, each with the
     next four inputs of `lanes` rows of weights; `x` is the address of the int8 that they meet;

@@ -1,4 +1,4 @@
-"""The compiled op loop: a table of ops, and the threads that work through it together.
+"""The compiled op loop: a team of threads works through a table of ops.
 
 A row of the table is one op: its entry, the addresses of its memory and its sizes. An op is cut by
 its outputs (rows of a matrix, heads, blocks) into ranges and parts, so that no result depends on
@@ -11,7 +11,7 @@ from pyllama_kernels.entry import call
 from pyllama_kernels.jit import kernel
 from pyllama_kernels.layout import BLOCK, GROUP_BYTES
 from pyllama_kernels.lowlevel import atomic_add, atomic_load, atomic_store
-from pyllama_kernels.optable import N_ROWS, POSITIONS, Cut, i64, share
+from pyllama_kernels.optable import N_ROWS, POSITIONS, Cut, i64, split
 from pyllama_kernels.pages import CHUNK
 from pyllama_kernels.products import Q40, count_units
 from pyllama_kernels.team import (
@@ -28,7 +28,7 @@ from pyllama_kernels.team import (
 )
 
 _FAR = 16  # ops between two matrices, at most
-_SHARES = 4  # parts of a range of what takes long: a thread that is slow gets fewer
+_PARTS = 4  # parts of a range of what takes long: a thread that is slow gets fewer
 _PRODUCTS = 1 << 17  # in a part of a matrix product, at least
 _SCORES = 1 << 19  # products for scores in a part of attention, at least
 _WORTH_SHARING = 1 << 16  # products for scores of a short context, and what goes with them
@@ -38,7 +38,7 @@ _NUMBERS = 1 << 12  # in a part of anything else, at least
 
 @kernel
 def count_fused(op: Any, step: Any, n_threads: int) -> int:
-    """How many ops are opened with this one: see `OP`."""
+    """How many ops are fused with this one, itself included: see `OP`."""
     if n_threads == 1:
         return 1
     if op.units:
@@ -67,22 +67,22 @@ def count_parts(table: Any, i: int, step: Any, n_threads: int) -> tuple[int, int
         for row in range(i, i + op.fused):
             outputs += table[row].m
         # In a batch some experts have more rows than others: more parts make up for it.
-        shares = 4 * _SHARES if op.plan and step[N_ROWS] > 1 else _SHARES
-        return cut_twice(shares, rows * op.n * outputs // _PRODUCTS, n_threads)
+        parts = 4 * _PARTS if op.plan and step[N_ROWS] > 1 else _PARTS
+        return cut_twice(parts, rows * op.n * outputs // _PRODUCTS, n_threads)
     if op.cut == Cut.ATTENTION:
         seen = i64(step[POSITIONS], rows).sum()
-        return cut_twice(_SHARES, seen * op.cost // _SCORES, n_threads)
+        return cut_twice(_PARTS, seen * op.cost // _SCORES, n_threads)
     if op.cut == Cut.SELECTION:
-        return cut_twice(_SHARES, rows, n_threads)
+        return cut_twice(_PARTS, rows, n_threads)
     ranges = min(n_threads, 1 + rows * op.cost // _NUMBERS)
     return min(rows, ranges) if op.cut == Cut.ROWS else ranges, 1
 
 
 @kernel
-def cut_twice(shares: int, most: int, n_threads: int) -> tuple[int, int]:
-    """A range for each thread, and so many parts of it; in all no more than `most`, or one."""
+def cut_twice(parts: int, most: int, n_threads: int) -> tuple[int, int]:
+    """The number of ranges, one for each thread, and of parts of each: at most `most` in all."""
     ranges = max(1, min(n_threads, most))
-    return ranges, max(1, min(shares, most // ranges))
+    return ranges, max(1, min(parts, most // ranges))
 
 
 @kernel
@@ -95,13 +95,17 @@ def cut(op: Any, step: Any, part: int, parts: int, n_threads: int) -> tuple[int,
     fused = 1 if op.cut == Cut.PRODUCTS else count_fused(op, step, n_threads)
     if fused == 1 or op.units == 0:
         return part, part + 1, parts, fused
-    first, last = share(op.units, part, parts)
+    first, last = split(op.units, part, parts)
     return first, last, op.units, fused
 
 
 @kernel
-def falling_share(total: int, part: int, parts: int) -> tuple[int, int]:
-    """As `share`, but the last parts are the smallest, so that all threads end at about a time."""
+def guided_split(total: int, part: int, parts: int) -> tuple[int, int]:
+    """As `split`, but parts shrink towards the end, so that all threads end at about the same time.
+
+    After `i` of `n` parts, (1 - i / n)^3 of the total is left. Shrinking parts are the idea of
+    guided self-scheduling: Polychronopoulos and Kuck, Guided Self-Scheduling, 1987.
+    """
     left, after = parts - part, parts - part - 1
     return total - total * left**3 // parts**3, total - total * after**3 // parts**3
 
@@ -118,8 +122,8 @@ def multiply_fused(
     total = 0
     for i in range(first, last):
         total += count_units(table[i])
-    start, stop = share(total, where, ranges)
-    a, z = falling_share(stop - start, part, parts)
+    start, stop = split(total, where, ranges)
+    a, z = guided_split(stop - start, part, parts)
     a, z = start + a, start + z
     for i in range(first, last):
         op, units = table[i], count_units(table[i])
@@ -169,7 +173,7 @@ def next_weights(table: Any, i: int, step: Any, state: Any, thread: int, n_threa
             units = 0
             for j in range(i, i + count_fused(op, step, n_threads)):
                 units += count_units(table[j])
-            first = share(units, thread, n_threads)[0]
+            first = split(units, thread, n_threads)[0]
             return op.w + first * (op.n // BLOCK) * GROUP_BYTES
         i += 1
     return 0
@@ -240,12 +244,14 @@ def run(
 
 @kernel
 def begin_step(state: Any) -> None:
-    """Threads that follow are to stay from now on."""
+    """Keeps follower threads inside the compiled loop from now on."""
     atomic_store(state, STEPPING, 1)
-    atomic_add(state, STEPPING, 0)  # a store alone could still be on its way: see `may_leave`
+    atomic_add(
+        state, STEPPING, 0
+    )  # a full fence: a store may still be in the store buffer; see `may_leave`
 
 
 @kernel
 def end_step(state: Any) -> None:
-    """Threads that follow may leave from now on."""
+    """Lets follower threads leave the compiled loop from now on."""
     atomic_store(state, STEPPING, 0)

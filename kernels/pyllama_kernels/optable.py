@@ -96,12 +96,12 @@ def table_of(step: Any) -> Any:
 
 @kernel
 def plan_at(address: int) -> Any:
-    """A plan, int64."""
+    """The dispatch plan of a mixture of experts at an address, int64: see `plans`."""
     head = i64(address, HEAD)
     return i64(address, plan_words(head[EXPERTS], head[ROOM]))
 
 
 @kernel
-def share(total: int, part: int, parts: int) -> tuple[int, int]:
-    """A part of `total` things: start and stop."""
+def split(total: int, part: int, parts: int) -> tuple[int, int]:
+    """Start and stop of part `part` when `total` items are split into `parts` even parts."""
     return total * part // parts, total * (part + 1) // parts

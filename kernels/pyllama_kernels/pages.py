@@ -1,9 +1,9 @@
-"""Keys and values as they are kept: pages of 16 positions, as float32, float16 or Q80.
+"""The paged KV cache: pages of 16 positions, as float32, float16 or Q80.
 
-A page of keys holds the 16 positions side by side, so that one vector load brings one value of
-each, and the scores of 16 positions need no sum across lanes. A page of values holds 16 values of
-each position after the other, so that a position's values are added to the result as vectors. Both
-are read from the first byte to the last.
+A page of keys holds the 16 positions side by side, so that one vector load reads one value of each
+position, and the scores of 16 positions need no sum across lanes. A page of values holds 16 values
+of each position after the other, so that a position's values are added to the result as vectors.
+Both are read sequentially.
 
     float32, float16     keys:   [head_dim][16 positions]
                          values: [head_dim / 16][16 positions][16], the last one may be narrower
@@ -13,8 +13,8 @@ are read from the first byte to the last.
 
 A cache is [n_blocks, kv_heads, BLOCK_PAGES, page bytes] uint8. A block holds the pages of some
 positions that follow each other, for all key heads; a table, [n_seqs, blocks per sequence] int64,
-says which block holds which positions of a sequence, and is -1 where none does yet. So memory is
-taken by what is kept, and sequences can share what their beginnings have in common.
+maps the positions of a sequence to blocks and is -1 where none is allocated yet. So memory grows
+with the positions in use, and sequences can share the blocks of a common prefix.
 
 `cache` holds the compiled side; here are the sizes and the NumPy side.
 
@@ -37,7 +37,7 @@ BLOCK_PAGES = KV_BLOCK // PAGE
 _LONGEST = 8  # rows of the longest context whose chunks can be parts of their own
 CHUNK = 512  # positions whose sums are made from zero, then added to those before: whole blocks
 
-# How a cache is kept: distributed-llama's numbers of float types.
+# The dtype of a cache: distributed-llama's numbers of float types.
 KEPT_F32, KEPT_F16, KEPT_Q80 = 0, 1, 3
 
 

@@ -1,4 +1,4 @@
-"""A plan: which rows of a batch go to which expert, and where they lie together.
+"""The dispatch plan of a mixture of experts: which rows of a batch go to which expert.
 
 A router chooses some experts for each row. A row and an expert that is chosen for it are a *pair*.
 Pairs are numbered in the order of the experts, then of the rows, so that all rows of an expert are

@@ -1,6 +1,6 @@
-"""The NumPy twin of every kernel: the same names, arguments and results, written to be read.
+"""The NumPy reference implementation of every kernel: same names, arguments and results.
 
-They are the oracle of the compiled kernels, and what `PYLLAMA_KERNELS=reference` runs.
+Tests compare the compiled kernels with them, and `PYLLAMA_KERNELS=reference` runs them alone.
 Every kernel writes into its last argument. `rows` are rows of a batch.
 """
 
@@ -133,7 +133,7 @@ def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float, out: F32) -> None
 
 
 def rope(positions: I64, cos: F32, sin: F32, halves: bool, x: F32) -> None:
-    """Turns the first values of each head in pairs, in place.
+    """Applies RoPE to the first `rotary_dim` dimensions of each head, in place.
 
     Args:
         positions: [rows] int64.
@@ -220,7 +220,7 @@ def attention(
 
     Source: Vaswani et al., 2017; shared key heads: Ainslie et al., 2023; latent: DeepSeek-V2, 2024.
     """
-    n, value_dim, turned = query.shape[2], out.shape[2], keys is values
+    n, value_dim, from_keys = query.shape[2], out.shape[2], keys is values
     if kind == KEPT_Q80:
         query = dequantize_q80(quantize_q80(query))
     for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
@@ -231,7 +231,7 @@ def attention(
                 read_positions(
                     pages_of(held, table[seq], kv_head, position + 1), n, kind, lanes_last=is_keys
                 )[: position + 1]
-                for held, is_keys in ((keys, True), (values, turned))
+                for held, is_keys in ((keys, True), (values, from_keys))
             )
             v = v[:, :value_dim]
             scores = k @ query[row, head] * np.float32(scale)
@@ -483,9 +483,9 @@ def sample(
         top: the highest of them.
         inverse_temperature: 1 / temperature.
         top_k: so many of the most likely tokens are left; 0: all.
-        top_p: the most likely tokens are left, as few as reach this share together; all if it is
-            not between 0 and 1.
-        min_p: tokens are left whose weight is at least this, which is a share of the highest.
+        top_p: the smallest set of most likely tokens that reaches this probability is left; all
+            tokens if it is not between 0 and 1.
+        min_p: tokens are left whose weight is at least this fraction of the highest.
         uniform: from 0 to below 1; which token of those left, in their order, each as wide as its
             weight.
         weights: float32, and

@@ -1,4 +1,4 @@
-"""Q80 rounding of one block: 32 float32 to 32 int8 and a scale.
+"""Quantizes one Q80 block: 32 float32 to 32 int8 and a scale.
 
 The bytes are those of the converter (`blocks.quantize_q80`) on every CPU.
 """

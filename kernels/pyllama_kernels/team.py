@@ -1,15 +1,15 @@
-"""Threads that share the work of one op after the other without leaving compiled code.
+"""A pool of threads that works through the ops of a step without leaving compiled code.
 
-The op that is being worked on is *open*: it is cut into ranges, one for each thread, and those into
-parts. A thread takes the parts of its own range one after the other, so what it reads lies in a
-row; then it helps others with what is left of theirs. Whoever finishes the last part opens the next
-op, or does it alone if it has one part. So nobody waits for a thread that the system has put aside,
-unless it holds a part; the others do its share.
+The current op is *open*: it is cut into ranges, one for each thread, and each range into parts, the
+work items. A thread takes the parts of its own range in their order, which is a sequential read of
+memory; then it takes parts that are left in the ranges of others (work stealing). The thread that
+finishes the last part opens the next op, or runs it alone if it has one part. There is no barrier:
+a preempted thread delays the others only while it holds a part.
 
-A team shares one int64 array, `state`. Words that are read often lie on cache lines of their
-own. Each range has a ticket: number of the open op, its ranges, parts of a range, and parts taken
-of this one so far. It is read and counted up in one atomic step, so a thread that was away for long
-cannot take a part that does not exist any more.
+A team shares one int64 array, `state`. Words that are read often lie on cache lines of their own.
+Each range has a ticket: number of the open op, its ranges, parts of a range, and parts taken of
+this one so far. One atomic fetch-and-add reads and increments it, so a thread that was preempted
+for long cannot take a part of an op that is over.
 """
 
 from typing import Any
@@ -41,13 +41,13 @@ _MASK = (1 << _BITS) - 1
 
 _SPINS = 2000  # some 50 to 100 microseconds: longer than any part of a small model's op
 _AHEAD, _LINES = 4096, 8  # bytes that are brought near, some lines with each spin
-_YIELDS = 50  # then give the core away
+_YIELDS = 50  # then yield the core
 _LINGERS = 12000  # spins between two steps: some 300 microseconds, in which a token is chosen
-_NAP = 50  # then sleep, microseconds at a time: whoever is waited for may need this core
+_NAP = 50  # then sleep, microseconds at a time: a thread that still works may need this core
 
 
 def new_state(n_threads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The shared words of a team, at rest."""
+    """The shared words of a team with no op open."""
     return np.zeros(_TICKET + _LINE * n_threads, np.int64)
 
 
@@ -97,7 +97,7 @@ def are_last(state: Any, done: int, parts: int) -> bool:
 
 @kernel
 def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
-    """Waits until the op is no longer open, and brings near what will be read from `ahead`."""
+    """Waits until the op is no longer open; prefetches the weights at address `ahead` meanwhile."""
     tries = 0
     while atomic_load(state, _TICKET + _LINE * thread) >> (3 * _BITS) == op:
         first = _LINES * LINE * tries
@@ -109,19 +109,19 @@ def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
 
 @kernel
 def enter(state: Any, thread: int) -> None:
-    """A thread that follows comes."""
+    """Counts a follower thread as inside the compiled loop."""
     atomic_add(state, _INSIDE + _LINE * thread, 1)
 
 
 @kernel
 def is_inside(state: Any, thread: int) -> bool:
-    """Whether a thread that follows is there, and stays until the step is over."""
+    """Whether a follower thread is inside the compiled loop, where it stays until the step ends."""
     return atomic_add(state, _INSIDE + _LINE * thread, 0) > 0
 
 
 @kernel
 def wait_for_command(state: Any, command: int, thread: int) -> bool:
-    """Waits until a later command is given; False if no step is going on and none begins soon."""
+    """Waits for the next command; False if no step is running and none begins in time."""
     tries = lingers = 0
     while atomic_load(state, COMMAND) == command:
         if atomic_load(state, STEPPING):

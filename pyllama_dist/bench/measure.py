@@ -1,4 +1,4 @@
-"""Runs tests as llama-bench defines them, and takes the time."""
+"""Runs and times tests as llama-bench defines them."""
 
 import itertools
 import time
@@ -27,8 +27,8 @@ class Test:
 
     kind: Literal["pp", "tg"]
     tokens: int
-    depth: int = 0  # positions that the cache holds before
-    users: int = 1  # who do the same at once, each with a text of their own
+    depth: int = 0  # positions in the cache before the test
+    users: int = 1  # concurrent sequences, each with a text of its own
 
     @property
     def name(self) -> str:

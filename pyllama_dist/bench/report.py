@@ -13,8 +13,8 @@ from pyllama_dist.bench.traffic import Traffic
 
 
 @dataclass(frozen=True)
-class Model:
-    """What was run."""
+class ModelFacts:
+    """The model of a run."""
 
     model: str
     arch: str
@@ -25,14 +25,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it was run."""
+    """The configuration of a run."""
 
     kernels: str
     nodes: int
     nodes_here: int  # on this machine, the root included
     threads: int  # of each node here
-    sync: str  # number format in which partial sums travel
-    collective: str  # how they do
+    sync: str  # dtype of partial sums on the wire
+    collective: str  # algorithm of the all-reduce
     seq_len: int
     max_rows: int  # of a batch
 
@@ -42,7 +42,7 @@ class Report:
     """Everything that one run of the benchmark has found."""
 
     date: str  # ISO 8601
-    model: Model
+    model: ModelFacts
     setting: Setting
     results: Sequence[Result]
     traffic: Mapping[Test, Sequence[Traffic]]  # of one run: each node's, worked out

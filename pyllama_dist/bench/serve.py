@@ -21,7 +21,7 @@ from typing import Any
 from pyllama_dist.bench import machine
 from pyllama_dist.bench.measure import plan_tests
 from pyllama_dist.bench.random_model import RandomModel
-from pyllama_dist.bench.session import Session, open_session
+from pyllama_dist.bench.session import BenchSession, open_session
 from pyllama_dist.bench.shapes import config_of
 from pyllama_dist.cluster import Cluster
 from pyllama_dist.errors import PyllamaError, UsageError
@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self) -> None:
         self._open = ExitStack()
-        self._session: Session | None = None
+        self._session: BenchSession | None = None
         self._reader: MemoryReader | None = None
 
     def load(self, shape: str, threads: int, nodes: int = 1, seq_len: int = 1024) -> Answer:

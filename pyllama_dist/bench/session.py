@@ -1,4 +1,4 @@
-"""Brings up what is to be measured: a model or a shape, on a cluster."""
+"""Brings up the model or shape to be measured, on a cluster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyllama_dist.bench.measure import Bench, Test, batches, matrix_bytes
 from pyllama_dist.bench.random_model import RandomModel
-from pyllama_dist.bench.report import Model, Setting
+from pyllama_dist.bench.report import ModelFacts, Setting
 from pyllama_dist.bench.traffic import Traffic, traffic
 from pyllama_dist.cluster import Cluster, open_root, programs
 from pyllama_dist.engine.engine import Engine
@@ -17,11 +17,11 @@ from pyllama_dist.sizes import model_sizes
 
 
 @dataclass(frozen=True)
-class Session:
+class BenchSession:
     """A cluster that is ready, and what it is."""
 
     bench: Bench
-    model: Model
+    model: ModelFacts
     setting: Setting
     bytes_here: int  # of the matrices: what the nodes on this machine read for each token
     programs: Sequence[Program]  # one for each node, the root's first
@@ -37,7 +37,7 @@ def open_session(
     source: ModelFile | RandomModel,
     cluster: Cluster,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Session]:
+) -> Iterator[BenchSession]:
     """A root whose workers are ready to be measured; everything ends with the context.
 
     Args:
@@ -51,15 +51,15 @@ def open_session(
         NodeError: a worker cannot be reached, refuses, or is lost.
     """
     config = source.config
-    plans = programs(config, cluster)
-    sizes = list(map(matrix_bytes, plans))
+    made = programs(config, cluster)
+    sizes = list(map(matrix_bytes, made))
     # Workers of this machine come right after the root.
     here = 1 + cluster.local_workers + sum(worker.is_loopback for worker in cluster.workers)
     with open_root(source, cluster, progress) as root, Engine(root) as engine:
         program = root.node.program
-        yield Session(
+        yield BenchSession(
             Bench(engine),
-            Model(
+            ModelFacts(
                 model=name,
                 arch=config.arch,
                 weights=config.weights.name.lower(),
@@ -77,5 +77,5 @@ def open_session(
                 max_rows=program.max_rows,
             ),
             bytes_here=sum(sizes[:here]),
-            programs=plans,
+            programs=made,
         )

@@ -7,7 +7,7 @@ ZeroMQ and TCP add are not in it. Workers are not asked: bytes follow from pipes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pyllama_dist.net.collectives import AUTO, Round, plan
+from pyllama_dist.net.collectives import AUTO, Round, make_schedule
 from pyllama_dist.net.frames import HEAD
 from pyllama_dist.program import REDUCED, Batch, Pipe, Program
 
@@ -50,7 +50,7 @@ def _of_step(program: Program, collective: str, n_rows: int, n_logits: int) -> T
         pipe = pipes[sync.pipe]
         rows = {"batch": n_rows, "logits": n_logits}[pipe.rows]
         if rows:
-            for action in plan(sync, pipe, collective, program, rows):
+            for action in make_schedule(sync, pipe, collective, program, rows):
                 if isinstance(action, Round):
                     moved += _of_round(action, pipe)
     return moved

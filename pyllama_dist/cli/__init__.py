@@ -87,7 +87,7 @@ def _exit_code(action: Callable[[], Any], debug: bool) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return _failed("interrupted", _INTERRUPTED)
     except BrokenPipeError:
-        drop_output()  # who read our output has gone: nothing is left to say
+        drop_output()  # the reader of our output is gone
         return 1
     except Exception as error:
         if isinstance(error, OutputError):

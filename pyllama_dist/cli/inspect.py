@@ -185,13 +185,13 @@ def _show(found: Mapping[str, Any], list_tensors: bool) -> None:
     console.print(table)
 
     title = f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {nodes[0]['seq_len']} positions"
-    parts = [key for key, (start, stop) in nodes[0]["share"].items() if stop > start]
+    parts = [key for key, (start, stop) in nodes[0]["shard"].items() if stop > start]
     amounts = {"weights": "weight_bytes", "cache": "cache_bytes", "in all": "memory_bytes"}
     table = Table("node", title=title, box=None, collapse_padding=True)
     for name in (*parts, *amounts):
         table.add_column(name, justify="right", no_wrap=True)
     for i, node in enumerate(nodes):
-        cut = (f"{stop - start}" for start, stop in (node["share"][part] for part in parts))
+        cut = (f"{stop - start}" for start, stop in (node["shard"][part] for part in parts))
         held = (decimal(node[key]) for key in amounts.values())
         table.add_row(str(i), *cut, *held)
     console.print(table)

@@ -27,8 +27,8 @@ from pyllama_dist.workers import Workers
 Planner = Callable[[Mapping[str, NodeInfo]], Sequence[Program]]
 
 
-class Model(WeightSource, Protocol):
-    """Weights and what they belong to: a `.m` file."""
+class ModelSource(WeightSource, Protocol):
+    """A model's weights and configuration: a `.m` file."""
 
     @property
     def config(self) -> ModelConfig:
@@ -85,7 +85,7 @@ def bring_up(
 
 
 @contextmanager
-def open_root(model: Model, cluster: Cluster, progress: Progress) -> Iterator[Root]:
+def open_root(model: ModelSource, cluster: Cluster, progress: Progress) -> Iterator[Root]:
     """A root whose workers are ready; at the end everything that was started is ended.
 
     Args:

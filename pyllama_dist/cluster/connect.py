@@ -16,7 +16,7 @@ from pyllama_dist.net.messages import (
     Phase,
     Welcome,
 )
-from pyllama_dist.net.transport import ROOT, Address, Dialer, Door, LostError
+from pyllama_dist.net.transport import ROOT, Address, Dialer, Endpoint, LostError
 from pyllama_dist.workers import Workers
 
 _HELLO_SECONDS = 15.0
@@ -79,18 +79,18 @@ def _peers(workers: Workers, dialer: Dialer, addresses: Sequence[Address], sessi
     workers.begin(Phase.PEERS, _PEERS_SECONDS)
     n_nodes = len(addresses) + 1
     names = (ROOT, *map(str, addresses))
-    doors: dict[int, tuple[Door, ...]] = {}  # by worker: where each lower node reaches it
+    endpoints: dict[int, tuple[Endpoint, ...]] = {}  # by worker: where each lower node reaches it
     for node, channel in enumerate(workers.channels, start=1):
         channel.send(Join(node, n_nodes))
-        doors[node] = workers.expect(channel, Bound).doors
-        if len(doors[node]) != node:
-            raise ProtocolError(f"{channel.address} opened {len(doors[node])} doors")
+        endpoints[node] = workers.expect(channel, Bound).endpoints
+        if len(endpoints[node]) != node:
+            raise ProtocolError(f"{channel.address} opened {len(endpoints[node])} endpoints")
     for node, channel in enumerate(workers.channels, start=1):
         higher = range(node + 1, n_nodes)
-        channel.send(Peers(names, tuple(doors[peer][node] for peer in higher)))
+        channel.send(Peers(names, tuple(endpoints[peer][node] for peer in higher)))
     workers.mesh = dialer.mesh()
     workers.mesh.connect(
-        {peer: (addresses[peer - 1].host, doors[peer][0]) for peer in range(1, n_nodes)}
+        {peer: (addresses[peer - 1].host, endpoints[peer][0]) for peer in range(1, n_nodes)}
     )
     workers.mesh.greet(session, 0, names, min(_GREET_SECONDS, workers.seconds_left))
     workers.expect_all(Meshed)

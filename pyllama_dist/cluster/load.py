@@ -93,7 +93,7 @@ def _place_weights(
     placed = 0
     for index, parts in enumerate(zip(*map(weights, programs), strict=True)):
         if workers.mesh is not None:
-            workers.mesh.check()  # who gave up takes no more weights, and does not say so here
+            workers.mesh.check()  # a node that gave up only stops reading weights
         for node, weight in enumerate(parts):
             view = source.slice(weight.tensor, weight.rows, weight.cols)
             for offset, data in _chunks(view):

@@ -12,7 +12,7 @@ from pyllama_dist.cores import available_cores
 from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.executor.memory import block_bytes, planned_bytes
 from pyllama_dist.models import ARCHITECTURES
-from pyllama_dist.models.plan import Plan, shares
+from pyllama_dist.models.plan import ShardingPlan, shards
 from pyllama_dist.net.collectives import AUTO
 from pyllama_dist.net.messages import NodeInfo
 from pyllama_dist.net.transport import Address
@@ -125,8 +125,8 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
     check_request(config, cluster)
     n = cluster.n_nodes
     seq_len = min(config.max_seq_len, cluster.max_seq_len or DEFAULT_SEQ_LEN)
-    plan = Plan(
-        shares(config, n),  # here sizes of shards are decided: equal ones, so far
+    plan = ShardingPlan(
+        shards(config, n),  # here sizes of shards are decided: equal ones, so far
         sync=cluster.sync,
         cache=_cache_type(config) if cluster.cache is None else cluster.cache,
         max_rows=MAX_ROWS,
@@ -136,7 +136,7 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
         seq_len=seq_len,
     )
 
-    def build(plan: Plan) -> list[Program]:
+    def build(plan: ShardingPlan) -> list[Program]:
         return [ARCHITECTURES[config.arch].build(config, plan, node) for node in range(n)]
 
     found = build(plan)
@@ -152,14 +152,14 @@ def programs(config: ModelConfig, cluster: Cluster) -> list[Program]:
 
 
 def _cache_type(config: ModelConfig) -> FloatType:
-    """How keys and values are kept if nobody says: as activations are, where heads allow it."""
+    """Default dtype of the KV cache: that of activations, or F16 if heads are not whole blocks."""
     if config.weights is FloatType.F32:
         return FloatType.F32
     return FloatType.F16 if _odd(config) else FloatType.Q80
 
 
 def _odd(config: ModelConfig) -> list[int]:
-    """Widths of what is kept that are no whole blocks of Q80."""
+    """Widths of the cached vectors that are not a multiple of a Q80 block."""
     widths = [config.head_dim]
     if config.latent:
         widths = [config.latent.kv_rank, config.latent.rope_dim]

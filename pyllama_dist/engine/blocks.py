@@ -1,4 +1,4 @@
-"""Bookkeeping of the KV cache: which physical block holds which tokens, and for whom.
+"""Bookkeeping of the KV cache: which physical block holds which tokens of which sequences.
 
 The cache of every node consists of physical blocks of a fixed number of positions. A sequence has
 a *chain* of them. Blocks form a tree: what a position holds depends on all tokens before it, so a
@@ -9,7 +9,8 @@ tree as cache, until its memory is needed: least recently used first, leaves bef
 A block is written in place only by a chain that alone references it and whose end is the end of
 what it holds; otherwise the chain gets a copy first (copy on write).
 
-Everything here is bookkeeping at the root. Nodes are told changes of the block table, and copies.
+Everything here is bookkeeping at the root, which sends changes of the block table, and copies, to
+the nodes.
 Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with
 PagedAttention, 2023; the tree: Zheng et al., SGLang, 2023 (RadixAttention).
 """
@@ -187,9 +188,9 @@ class BlockPool:
             self._idle[block] = None
 
     def _take(self) -> Block:
-        """A block that nobody else has."""
+        """Returns a block without other references: a free one, or the least recently used."""
         if not self._free:
-            # The first has no children: whoever let go of those let go of it later.
+            # The first is a leaf: a parent is released after its children, so it comes later.
             self._forget(next(iter(self._idle)))
         block = self._free.pop()
         block.references = 1
@@ -207,7 +208,7 @@ class BlockPool:
         parent.children[block] = None
 
     def _forget(self, block: Block) -> None:
-        """Takes a block out of the tree and frees it; nobody uses it or what comes after it."""
+        """Removes a block from the tree; neither it nor its descendants may be referenced."""
         self._cut(block, 0)
         if block.parent is not None:
             del block.parent.children[block]

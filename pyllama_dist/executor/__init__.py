@@ -31,7 +31,7 @@ class Executor(Protocol):
         """Runs the ops of one segment."""
 
     def reduce(self, exchange: AllReduce, first: int, last: int) -> None:
-        """Makes rows of a sum, from all slots of a pipe, in its region `REDUCED`.
+        """Makes rows of a sum, from all regions of a pipe, in its region `REDUCED`.
 
         Args:
             exchange: of which pipe; its target is overwritten.

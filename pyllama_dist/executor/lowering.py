@@ -6,7 +6,7 @@ from typing import Any
 import numpy.typing as npt
 
 from pyllama_dist.executor.memory import Memory
-from pyllama_dist.program import Program, Rows, Weight, own_slot
+from pyllama_dist.program import Program, Rows, Weight, own_region
 from pyllama_kernels import optable
 from pyllama_kernels.optable import Cut
 
@@ -94,17 +94,17 @@ class Lowering:
         return Row(entry, cut, fields, by_head, by_block)
 
     def at(self, name: str) -> int:
-        """Address of a buffer, or of this node's slot of a pipe."""
+        """Address of a buffer, or of this node's region of a pipe."""
         if name in self.memory.pipes:
             pipe = self.memory.pipes[name]
-            return address(pipe.payload(own_slot(self.program, pipe.spec), 1))
+            return address(pipe.payload(own_region(self.program, pipe.spec), 1))
         return address(self.memory.buffers[name])
 
     def width(self, name: str) -> int:
-        """Values in a row of a buffer, or of this node's slot of a pipe."""
+        """Values in a row of a buffer, or of this node's region of a pipe."""
         if name in self.memory.pipes:
             pipe = self.memory.pipes[name].spec
-            return pipe.widths[own_slot(self.program, pipe)]
+            return pipe.widths[own_region(self.program, pipe)]
         return self._widths[name]
 
     def weight(self, weight: Weight) -> int:

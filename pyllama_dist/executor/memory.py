@@ -19,8 +19,8 @@ from pyllama_dist.program import (
     Weight,
     all_reduces,
     ops,
-    own_slot,
-    slots_used,
+    own_region,
+    regions_held,
     weights,
 )
 from pyllama_kernels.blocks import BLOCK
@@ -38,9 +38,9 @@ from pyllama_kernels.plans import most_tile_rows
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
-# Before each slot of a pipe, so that a frame's head and its data can be sent as they lie.
+# Before each region of a pipe, so that a frame's head and its data can be sent as they lie.
 HEADROOM = 64
-# Slots are this far apart, or a multiple: whole Q80 blocks (34 bytes) and whole cache lines (64).
+# Regions are this far apart, or a multiple: whole Q80 blocks (34 bytes) and whole cache lines (64).
 STRIDE = 1088
 
 
@@ -57,7 +57,7 @@ class Constant:
 
 
 def pipe_bytes(program: Program, pipe: Pipe) -> int:
-    """Bytes from one slot of a pipe to the next, headroom included."""
+    """Bytes from one region of a pipe to the next, headroom included."""
     payload = program.rows_of(pipe.rows) * pipe.float_type.row_bytes(max(pipe.widths))
     return -(-(HEADROOM + payload) // STRIDE) * STRIDE
 
@@ -71,7 +71,7 @@ def block_bytes(program: Program) -> int:
 def planned_bytes(program: Program) -> int:
     """Bytes that a node needs for a program, as far as they grow with the model."""
     buffers = sum(_buffer_bytes(program, buffer) for buffer in program.buffers)
-    pipes = sum(pipe_bytes(program, p) * len(slots_used(program, p)) for p in program.pipes)
+    pipes = sum(pipe_bytes(program, p) * len(regions_held(program, p)) for p in program.pipes)
     constants = {c.key: c.nbytes for op in ops(program) for c in op.constants(program)}
     facts = 8 * (2 * program.max_rows + program.max_logits)
     facts += 8 * program.n_seqs * seq_blocks(program.seq_len)
@@ -130,33 +130,33 @@ def _typed(program: Program, buffer: Buffer, memory: U8) -> F32 | U8:
 
 @dataclass(frozen=True)
 class PipeMemory:
-    """A pipe's slots, each with headroom before its data; slot i may lie at another index.
+    """A pipe's regions, each with headroom before its data; region i may lie at another index.
 
     `REDUCED`, if it is there, is the last of them.
     """
 
     spec: Pipe
-    memory: U8  # [slots held, stride]
-    held: tuple[int, ...]  # which slots
+    memory: U8  # [regions held, stride]
+    held: tuple[int, ...]  # which regions
 
-    def row_bytes(self, slot: int) -> int:
-        """Bytes of one row of a slot."""
-        return self.spec.float_type.row_bytes(self.spec.widths[slot])
+    def row_bytes(self, region: int) -> int:
+        """Bytes of one row of a region."""
+        return self.spec.float_type.row_bytes(self.spec.widths[region])
 
-    def frame(self, slot: int, rows: int, head: int) -> memoryview:
-        """The first rows of a slot with `head` bytes of its headroom before them."""
-        start, size = HEADROOM - head, head + rows * self.row_bytes(slot)
-        return self.memory[self.held.index(slot), start : start + size].data
+    def frame(self, region: int, rows: int, head: int) -> memoryview:
+        """The first rows of a region with `head` bytes of its headroom before them."""
+        start, size = HEADROOM - head, head + rows * self.row_bytes(region)
+        return self.memory[self.held.index(region), start : start + size].data
 
-    def payload(self, slot: int, rows: int) -> U8:
-        """The first rows of a slot, [rows, bytes] uint8."""
-        width = self.row_bytes(slot)
-        flat = self.memory[self.held.index(slot), HEADROOM : HEADROOM + rows * width]
+    def payload(self, region: int, rows: int) -> U8:
+        """The first rows of a region, [rows, bytes] uint8."""
+        width = self.row_bytes(region)
+        flat = self.memory[self.held.index(region), HEADROOM : HEADROOM + rows * width]
         return flat.reshape(rows, width)
 
-    def f32(self, slot: int, rows: int) -> F32:
-        """The first rows of a float32 slot, [rows, width]."""
-        return self.payload(slot, rows).view(np.float32)
+    def f32(self, region: int, rows: int) -> F32:
+        """The first rows of a float32 region, [rows, width]."""
+        return self.payload(region, rows).view(np.float32)
 
 
 class Memory:
@@ -168,7 +168,7 @@ class Memory:
         memory = iter(
             arena(
                 [
-                    (len(slots_used(program, pipe)), pipe_bytes(program, pipe))
+                    (len(regions_held(program, pipe)), pipe_bytes(program, pipe))
                     for pipe in program.pipes
                 ]
                 + [(_buffer_bytes(program, buffer),) for buffer in program.buffers]
@@ -177,7 +177,7 @@ class Memory:
             )
         )
         self.pipes = {
-            pipe.name: PipeMemory(pipe, next(memory), slots_used(program, pipe))
+            pipe.name: PipeMemory(pipe, next(memory), regions_held(program, pipe))
             for pipe in program.pipes
         }
         self.buffers = {b.name: _typed(program, b, next(memory)) for b in program.buffers}
@@ -247,12 +247,12 @@ class Memory:
         return counts[self._rows[name]]
 
     def own_payload(self, name: str) -> U8:
-        """This node's slot of a pipe, the rows of the batch."""
+        """This node's region of a pipe, the rows of the batch."""
         pipe = self.pipes[name]
-        return pipe.payload(own_slot(self.program, pipe.spec), self.count(name))
+        return pipe.payload(own_region(self.program, pipe.spec), self.count(name))
 
     def f32(self, name: str) -> F32:
-        """A float32 buffer, or this node's slot of a pipe: [rows, width], not a copy."""
+        """A float32 buffer, or this node's region of a pipe: [rows, width], not a copy."""
         if name in self.pipes:
             return self.own_payload(name).view(np.float32)
         return self.buffers[name].view(np.float32)[: self.count(name)]

@@ -15,15 +15,15 @@ from pyllama_dist.models import (
     qwen3,
     qwen3_moe,
 )
-from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.plan import ShardingPlan
 from pyllama_dist.program import Program
 
 
 @dataclass(frozen=True)
 class Model(Architecture):
-    """An architecture, with the way to write a node's program."""
+    """An architecture, with the function that builds a node's program."""
 
-    build: Callable[[ModelConfig, Plan, int], Program]
+    build: Callable[[ModelConfig, ShardingPlan, int], Program]
 
 
 ARCHITECTURES: dict[Arch, Model] = {

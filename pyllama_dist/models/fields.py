@@ -102,8 +102,8 @@ def common_config(
     Args:
         f: the fields.
         weights: the number format that the matrices will have.
-        rotary: the part of a head that turns, where the file does not say.
-        pairs: how the architecture pairs what turns.
+        rotary: the part of a head that RoPE rotates, where the file does not say.
+        pairs: how the architecture pairs what RoPE rotates.
         scalable: whether rope scaling of type llama3 is part of it.
 
     Raises:
@@ -143,7 +143,7 @@ def latent_config(f: Fields, weights: FloatType, experts: Experts) -> ModelConfi
     """Fields of a model with multi-head latent attention.
 
     Every head reads the one vector that is kept, so there is one key head. The file's head_dim is
-    not used: it says the width of the turning part in one model, of the other part in the next.
+    not used: it says the width of the rotated part in one model, of the other part in the next.
 
     Raises:
         FileError: as `common_config`.

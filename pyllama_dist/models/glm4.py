@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pyllama_dist.config import Arch, FloatType, ModelConfig, Pairs, Tensor
 from pyllama_dist.models.fields import Fields, common_config
 from pyllama_dist.models.layers import Instruction, Layers
-from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.plan import ShardingPlan
 from pyllama_dist.models.tensors import model_tensors
 from pyllama_dist.ops import Add
 from pyllama_dist.program import Program
@@ -31,7 +31,7 @@ def tensors(c: ModelConfig) -> list[Tensor]:
     return model_tensors(c, norms=NORMS, fused=True)
 
 
-def build(c: ModelConfig, plan: Plan, node: int) -> Program:
+def build(c: ModelConfig, plan: ShardingPlan, node: int) -> Program:
     """The program of one node."""
     layers = Layers(c, plan, node)
     return layers.program(_steps(c, layers))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from pyllama_dist.config import Experts, FloatType, Indexer, Latent, ModelConfig
-from pyllama_dist.models.plan import Plan
+from pyllama_dist.models.plan import ShardingPlan
 from pyllama_dist.ops import (
     Add,
     Attention,
@@ -44,15 +44,15 @@ Instruction = Op | Sync | AllReduce
 class Layers:
     """One node's part of a model.
 
-    A model is written down as one stream of ops and syncs; `program` cuts it into segments after
-    each sync. Memory that all pieces use: `x` is the residual, `y` its normed copy, `partials` the
-    pipe on which nodes exchange their parts of a sum over the inputs of `o_proj` and `down_proj`,
-    `sum` that sum: of a single node, all there is.
+    A model is one stream of instructions, ops and syncs; `program` cuts it into segments after each
+    sync. Common buffers: `x` is the residual stream, `y` its normed copy, and `sum` the all-reduced
+    output of `o_proj` or `down_proj`. `partials` is the pipe for the nodes' partial sums of that
+    output; a single node writes `sum` at once.
     """
 
-    def __init__(self, config: ModelConfig, plan: Plan, node: int) -> None:
+    def __init__(self, config: ModelConfig, plan: ShardingPlan, node: int) -> None:
         self.c, self.plan, self.node = config, plan, node
-        self.share = plan.shares[node]
+        self.shard = plan.shards[node]
         self.quantized = config.weights is not FloatType.F32
         self.alone = plan.n_nodes == 1
         # As long as every position fits, all are selected: there is nothing to pick.
@@ -60,7 +60,7 @@ class Layers:
         self.indexer = config.indexer if wanted else None
 
     def start(self) -> Iterator[Instruction]:
-        """The embedded rows go out: the root reads them from the file, workers have no table."""
+        """Broadcasts the embedded rows: the root alone has the embedding, in its file."""
         yield Sync("x", SyncKind.WITH_ROOT)
 
     def pre_norm(self) -> Iterator[Instruction]:
@@ -95,7 +95,7 @@ class Layers:
 
     def attention(self, layer: int) -> Iterator[Instruction]:
         """y -> partials: this node's query heads, and its columns of `o_proj`."""
-        c, heads, kv_heads = self.c, self.share.heads, self.share.kv_heads
+        c, heads, kv_heads = self.c, self.shard.heads, self.shard.kv_heads
         at, n = f"layers.{layer}.self_attn.", c.head_dim
         keys, values = f"k.{layer}", f"v.{layer}"
 
@@ -122,7 +122,7 @@ class Layers:
         query instead, and the value matrix to the weighted sum of latent vectors: every head reads
         the same cache, which is whole on every node. Source: DeepSeek-V2, 2024, section 2.1.
         """
-        c, heads = self.c, self.share.heads
+        c, heads = self.c, self.shard.heads
         at, count = f"layers.{layer}.self_attn.", heads[1] - heads[0]
         r, nope, rope, value = latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
 
@@ -161,12 +161,12 @@ class Layers:
     def ffn(self, layer: int) -> Iterator[Instruction]:
         """y -> partials: this node's blocks of the FFN, and its columns of `down_proj`."""
         yield from self.rounded("y")
-        yield from self._gated(f"layers.{layer}.mlp.", "", self.share.ffn)
-        yield from self.sharded_to_all("hidden", f"layers.{layer}.mlp.down_proj", self.share.ffn)
+        yield from self._gated(f"layers.{layer}.mlp.", "", self.shard.ffn)
+        yield from self.sharded_to_all("hidden", f"layers.{layer}.mlp.down_proj", self.shard.ffn)
 
     def experts(self, layer: int, experts: Experts) -> Iterator[Instruction]:
         """y -> partials: this node's blocks of every expert, chosen and shared, in one sum."""
-        c, at, blocks = self.c, f"layers.{layer}.mlp.", self.share.experts
+        c, at, blocks = self.c, f"layers.{layer}.mlp.", self.shard.experts
         router = Weight(f"{at}gate.weight", FloatType.F32, (0, experts.count), (0, c.dim))
         bias = Weight(
             f"{at}gate.e_score_correction_bias", FloatType.F32, (0, 1), (0, experts.count)
@@ -198,10 +198,10 @@ class Layers:
         else:
             shared = f"{at}shared_experts."
             yield from self.rounded("y")
-            yield from self._gated(shared, "shared_", self.share.shared)
+            yield from self._gated(shared, "shared_", self.shard.shared)
             yield from self.rounded("shared_hidden")
             yield self._columns(
-                "shared_hidden", self._into, f"{shared}down_proj", self.share.shared
+                "shared_hidden", self._into, f"{shared}down_proj", self.shard.shared
             )
             yield Combine("expert_out", "route", "routed")
             yield Add("routed", self._into)
@@ -217,7 +217,7 @@ class Layers:
         yield Gather("x", "last")
         yield self.norm("last", "last_y", "norm")
         yield from self.rounded("last_y")
-        yield self.all_to_sharded("last_y", "logits", "lm_head", self.share.vocab, self.c.dim)
+        yield self.all_to_sharded("last_y", "logits", "lm_head", self.shard.vocab, self.c.dim)
         yield Sync("logits", SyncKind.NODE_SLICES_EXCEPT_ROOT)
 
     def rounded(self, source: str, heads: int = 1) -> Iterator[Op]:
@@ -302,7 +302,7 @@ class Layers:
         yield Select("index_q", "index_w", cache, "selection", indexer.top_k, scale)
 
     def _pipes(self) -> tuple[Pipe, ...]:
-        vocab = tuple(share.vocab[1] - share.vocab[0] for share in self.plan.shares)
+        vocab = tuple(shard.vocab[1] - shard.vocab[0] for shard in self.plan.shards)
         partials = Pipe("partials", self.plan.sync, (self.c.dim,) * self.plan.n_nodes)
         return (
             Pipe("x", FloatType.F32, (self.c.dim,)),
@@ -317,7 +317,7 @@ class Layers:
                 yield Cache(f"kv.{layer}", kind, 1, c.latent.kv_rank + c.latent.rope_dim)
             else:
                 for name in "kv":
-                    yield Cache(f"{name}.{layer}", kind, _length(self.share.kv_heads), c.head_dim)
+                    yield Cache(f"{name}.{layer}", kind, _length(self.shard.kv_heads), c.head_dim)
             if self.indexer is not None and self.indexer.layers[layer]:
                 yield Cache(f"i.{layer}", kind, 1, self.indexer.head_dim)
 
@@ -351,10 +351,10 @@ class Layers:
     def _heads(self, source: str, target: str, tensor: str, rows: Span, width: int) -> Op:
         """Each head's inputs to its outputs."""
         weight = Weight(f"{tensor}.weight", self.c.weights, rows, (0, width))
-        return Matmul(self._name(source), target, weight, heads=max(1, _length(self.share.heads)))
+        return Matmul(self._name(source), target, weight, heads=max(1, _length(self.shard.heads)))
 
     def _columns(self, source: str, target: str, tensor: str, cols: Span) -> Op:
-        """A share of the inputs to a partial sum of all outputs."""
+        """Multiplies a shard of the inputs: a partial sum of all outputs."""
         weight = Weight(f"{tensor}.weight", self.c.weights, (0, self.c.dim), cols)
         return Matmul(self._name(source), target, weight)
 
@@ -370,7 +370,7 @@ class Layers:
         return ExpertWeight(f"{tensor}.weight", experts.count, self.c.weights, rows, cols)
 
 
-def build_pre_norm(c: ModelConfig, plan: Plan, node: int) -> Program:
+def build_pre_norm(c: ModelConfig, plan: ShardingPlan, node: int) -> Program:
     """The program of one node of a model whose layers have a norm before each half."""
     layers = Layers(c, plan, node)
     return layers.program(layers.pre_norm())

@@ -1,18 +1,18 @@
-"""What a model's `build()` is given besides the configuration: the cut and the limits."""
+"""How a model is sharded over nodes, and the limits of its steps and caches."""
 
 from dataclasses import dataclass
 
 from pyllama_dist.config import FloatType, ModelConfig
-from pyllama_dist.partition import Share, partition
+from pyllama_dist.partition import Shard, partition
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a model is spread over nodes, and how much each step and cache must hold."""
+class ShardingPlan:
+    """What `build()` of a model gets besides the configuration: shards, dtypes and limits."""
 
-    shares: tuple[Share, ...]  # one for each node
-    sync: FloatType  # F32 or Q80: how partial sums travel
-    cache: FloatType  # F32, F16 or Q80: how keys and values are kept
+    shards: tuple[Shard, ...]  # one for each node
+    sync: FloatType  # dtype of partial sums on the wire: F32 or Q80
+    cache: FloatType  # dtype of the KV cache: F32, F16 or Q80
     max_rows: int
     max_logits: int
     n_seqs: int
@@ -21,12 +21,12 @@ class Plan:
 
     @property
     def n_nodes(self) -> int:
-        """Root and workers."""
-        return len(self.shares)
+        """The number of nodes: root and workers."""
+        return len(self.shards)
 
 
-def shares(config: ModelConfig, n_nodes: int) -> tuple[Share, ...]:
-    """The share of each node of a model.
+def shards(config: ModelConfig, n_nodes: int) -> tuple[Shard, ...]:
+    """The shard of each node of a model.
 
     Raises:
         ValueError: the model cannot be cut for so many nodes.

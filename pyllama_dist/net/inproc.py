@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.net import frames as wire
 from pyllama_dist.net.messages import Link, Message
-from pyllama_dist.net.transport import ROOT, Address, Channel, Door, LostError, Mesh, Raw
+from pyllama_dist.net.transport import ROOT, Address, Channel, Endpoint, LostError, Mesh, Raw
 
 
 class _Inbox:
@@ -90,13 +90,15 @@ class Hub:
 
     def __init__(self) -> None:
         self._ports = itertools.count(1)
-        self._doors: dict[int, InprocListener] = {}
-        self.data: dict[int, tuple[InprocMesh, int]] = {}  # port: who listens, for which node
+        self._listeners: dict[int, InprocListener] = {}
+        self.data: dict[
+            int, tuple[InprocMesh, int]
+        ] = {}  # port: the mesh that listens, and the node it expects
 
     def listen(self) -> "InprocListener":
-        """A new worker's door."""
+        """The listener of a new worker."""
         listener = InprocListener(self, self.port())
-        self._doors[listener.port] = listener
+        self._listeners[listener.port] = listener
         return listener
 
     def port(self) -> int:
@@ -106,7 +108,7 @@ class Hub:
     def connect(self, address: Address) -> Channel:
         """See `Dialer`."""
         ours, theirs = _Inbox(), _Inbox()
-        self._doors[address.port].knock(_InprocChannel(ROOT, theirs, ours))
+        self._listeners[address.port].knock(_InprocChannel(ROOT, theirs, ours))
         return _InprocChannel(str(address), ours, theirs)
 
     def mesh(self) -> Mesh:
@@ -115,7 +117,7 @@ class Hub:
 
 
 class InprocListener:
-    """A worker's door. See `Listener`."""
+    """See `Listener`."""
 
     def __init__(self, hub: Hub, port: int) -> None:
         self._hub, self.port = hub, port
@@ -161,14 +163,14 @@ class InprocMesh:
         self._node = -1
         self.names: Sequence[str] = ()
 
-    def bind(self, nodes: Sequence[int]) -> list[Door]:
+    def bind(self, nodes: Sequence[int]) -> list[Endpoint]:
         """See `Mesh`."""
         ports = [self._hub.port() for _ in nodes]
         for node, port in zip(nodes, ports, strict=True):
             self._hub.data[port] = (self, node)
         return [(port, "") for port in ports]
 
-    def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
+    def connect(self, peers: Mapping[int, tuple[str, Endpoint]]) -> None:
         """See `Mesh`."""
         for node, (_, (port, _)) in peers.items():
             other, me = self._hub.data.pop(port)

@@ -11,8 +11,8 @@ PROTOCOL = 6  # version of the protocol
 
 Text = Annotated[str, Meta(max_length=4096)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Name = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
-Doors = Annotated[tuple[tuple[Port, Name], ...], Meta(max_length=256)]
+SocketName = Annotated[str, Meta(pattern=r"^(@pyllama-dist-[0-9a-f]{32})?\Z")]
+Endpoints = Annotated[tuple[tuple[Port, SocketName], ...], Meta(max_length=256)]
 NodeIndex = Annotated[int, Meta(ge=0, le=255)]
 Count = Annotated[int, Meta(ge=1, le=4096)]
 Size = Annotated[int, Meta(ge=0, le=1 << 48)]
@@ -37,7 +37,7 @@ class _Message(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(_Message, frozen=True, tag="hello"):
-    """Root: who speaks, and the session that begins."""
+    """Root: the versions it speaks, and the id of the new session."""
 
     protocol: int
     version: Text
@@ -45,7 +45,7 @@ class Hello(_Message, frozen=True, tag="hello"):
 
 
 class NodeInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node has."""
+    """The resources of a node."""
 
     n_threads: Count  # that compute
     cores: Count  # that it may use
@@ -56,7 +56,7 @@ class NodeInfo(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
-    """Worker: who answers, and what it has."""
+    """Worker: the versions it speaks, its identity and its resources."""
 
     protocol: int
     version: Text
@@ -72,16 +72,16 @@ class Join(_Message, frozen=True, tag="join"):
 
 
 class Bound(_Message, frozen=True, tag="bound"):
-    """Worker: a door for each lower node."""
+    """Worker: an endpoint for each lower node."""
 
-    doors: Doors
+    endpoints: Endpoints
 
 
 class Peers(_Message, frozen=True, tag="peers"):
-    """Root: where all nodes are, and the doors of the higher ones."""
+    """Root: where all nodes are, and the endpoints of the higher ones."""
 
     addresses: Annotated[tuple[Text, ...], Meta(max_length=256)]
-    doors: Doors
+    endpoints: Endpoints
 
 
 class Link(_Message, frozen=True, tag="link"):

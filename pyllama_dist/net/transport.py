@@ -10,7 +10,8 @@ from pyllama_dist.errors import NodeError, UsageError
 from pyllama_dist.net.messages import Message
 
 Raw = bytes | memoryview
-Door = tuple[int, str]  # where a node waits for another: a port, and a name or nothing
+# Where a node accepts a data connection: a TCP port, and the name of an abstract Unix socket or "".
+Endpoint = tuple[int, str]
 
 _ADDRESS = re.compile(
     r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<ipv6>[0-9A-Fa-f:.%a-z]+)\]):(?P<port>[0-9]{1,5})"
@@ -96,11 +97,11 @@ class Mesh(Protocol):
 
     names: Sequence[str]  # addresses of all nodes, known once they have greeted each other
 
-    def bind(self, nodes: Sequence[int]) -> list[Door]:
-        """Opens a door for each of these nodes."""
+    def bind(self, nodes: Sequence[int]) -> list[Endpoint]:
+        """Binds an endpoint for each of these nodes to connect to."""
 
-    def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
-        """Connects to these nodes, each at its host and its door."""
+    def connect(self, peers: Mapping[int, tuple[str, Endpoint]]) -> None:
+        """Connects to these nodes, each at its host and its endpoint."""
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """Tells all peers who this is and checks who they are.
@@ -117,7 +118,7 @@ class Mesh(Protocol):
     ) -> list[tuple[int, int]]:
         """Sends a frame to each of some nodes, then receives one from each of some, in any order.
 
-        It may look for them awake for a short while before it sleeps.
+        It may busy-poll for a short time before it blocks.
 
         Args:
             sends: for each node that is sent to, its frame; that memory may be written again when
@@ -155,7 +156,7 @@ class Mesh(Protocol):
 
 
 class Listener(Protocol):
-    """A worker's public door."""
+    """A worker's public socket."""
 
     address: str
 

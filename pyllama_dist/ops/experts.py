@@ -1,4 +1,4 @@
-"""A mixture of experts: who gets which rows, and the products with each one's matrices."""
+"""A mixture of experts: routing, dispatch of rows, and products with each expert's matrices."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -42,7 +42,7 @@ class ExpertWeight(Part, frozen=True):
 
 
 def _key(route: str) -> tuple[str, str]:
-    """Of the plan that is made of a route."""
+    """The key of a route's dispatch plan in `Memory.constants`."""
     return "plan", route
 
 
@@ -64,9 +64,10 @@ def _check_expert_rows(check: Check, *names: str) -> None:
 class Route(Part, Op, frozen=True, tag="route"):
     """target = the weight of each expert in a row, 0 for those that are not chosen.
 
-    Scores are made of the source; those plus bias decide who is chosen: the groups whose best two
-    have the largest sum, and in them the `active` largest. The weights are the scores without bias.
-    Beside the target a plan is made: which rows go to which expert (`pyllama_kernels.plans`).
+    Scores are computed from the source. Scores plus bias select the experts: first the groups whose
+    two best experts have the largest sum, then the `active` best experts in them. The weights are
+    the scores without bias. The op also writes the dispatch plan, which lists the rows of each
+    expert: see `pyllama_kernels.plans`.
     Source: modeling_glm4_moe.py of transformers; DeepSeek-V3, 2024.
     """
 

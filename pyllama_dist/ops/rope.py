@@ -99,7 +99,7 @@ def rope_tables(
 
 
 def _scaled(frequencies: npt.NDArray[np.float64], s: RopeScaling) -> npt.NDArray[np.float64]:
-    """Long waves are stretched by the factor, short ones stay, those between change over."""
+    """Divides low frequencies by the factor, keeps high ones, and interpolates in between."""
     turns = s.original_max_seq_len * frequencies / (2 * np.pi)  # within the trained length
     span = s.high_freq_factor - s.low_freq_factor
     # Where both are one there is nothing between: long or short.

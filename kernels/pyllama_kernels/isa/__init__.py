@@ -1,1 +1,1 @@
-"""One file for each instruction set: how it multiplies bytes, and the kernel made of it."""
+"""One file for each instruction set: its dot products of bytes, and the kernel built from them."""

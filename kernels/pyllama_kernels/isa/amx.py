@@ -1,11 +1,11 @@
 """AMX: Intel's server CPUs since Sapphire Rapids (2023).
 
 A tile instruction multiplies 16 x 32 with 32 x 16 bf16 numbers and adds to 16 x 16 float32. A scale
-for every 32 inputs would break up the sums, so weights and activations get theirs before: they are
-rounded to bf16, 8 bits each, and a sum runs over all inputs. See `tiles` for what a tile holds.
+for every 32 inputs would break up the sums, so weights and activations are scaled and rounded to
+bf16 (8 significant bits) first, and a sum runs over all inputs. See `tiles` for the layout.
 
-Each weight is unpacked once for 512 rows of the batch. What is worked on stays near: 256 rows of
-weights x 512 inputs in the second-level cache, 32 rows of the batch x 512 inputs before it.
+Each weight is unpacked once for 512 rows of the batch. Cache blocking: 256 rows of weights x 512
+inputs stay in the second-level cache, 32 rows of the batch x 512 inputs in the first-level one.
 """
 
 from dataclasses import replace

@@ -87,8 +87,8 @@ ARCH_IDS: Mapping[int, Arch] = {
 
 
 @dataclass(frozen=True)
-class Code:
-    """How a fact becomes a number of the header, and the number a fact."""
+class Codec:
+    """Encodes a fact as a number of the header, and decodes it."""
 
     number: Callable[[Any], int]
     fact: Callable[[int], Any]
@@ -108,14 +108,14 @@ def _word(layers: tuple[bool, ...]) -> int:
     return unsigned - (unsigned >> (_WORD - 1) << _WORD)
 
 
-_WHOLE = Code(int, int)
-_WHOLE_FLOAT = Code(int, float)
-_BITS = Code(_float_bits, _float_value)
-_FLAG = Code(int, bool)
-_ARCH = Code({arch: number for number, arch in ARCH_IDS.items()}.__getitem__, ARCH_IDS.__getitem__)
-_FLOAT_TYPE = Code(int, FloatType)
-_EXPONENT = Code(lambda e: round(-math.log10(e)) if e > 0 else 0, lambda n: float(f"1e-{n}"))
-_LAYERS = Code(_word, lambda bits: tuple(bool(bits >> i & 1) for i in range(_WORD)))
+_WHOLE = Codec(int, int)
+_WHOLE_FLOAT = Codec(int, float)
+_BITS = Codec(_float_bits, _float_value)
+_FLAG = Codec(int, bool)
+_ARCH = Codec({arch: number for number, arch in ARCH_IDS.items()}.__getitem__, ARCH_IDS.__getitem__)
+_FLOAT_TYPE = Codec(int, FloatType)
+_EXPONENT = Codec(lambda e: round(-math.log10(e)) if e > 0 else 0, lambda n: float(f"1e-{n}"))
+_LAYERS = Codec(_word, lambda bits: tuple(bool(bits >> i & 1) for i in range(_WORD)))
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ class Pair:
     fact: str
     low: int
     high: int
-    code: Code = _WHOLE
+    code: Codec = _WHOLE
     default: int | None = None
     reason: str = ""  # why other numbers are refused, where the file may be good
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the header of an architecture holds.
+class HeaderLayout:
+    """The keys in the header of an architecture.
 
     Attributes:
         pairs: in the order in which they are written; none else may be there.
@@ -332,12 +332,12 @@ _LATENT_FIXED = {
     "qkv_bias": False,
 }
 
-LAYOUTS: Mapping[Arch, Layout] = {
-    Arch.LLAMA: Layout(_upstream(_NO_EXPERTS, "rope_type"), _DENSE_FIXED, _complete_upstream),
-    Arch.QWEN3: Layout(
+LAYOUTS: Mapping[Arch, HeaderLayout] = {
+    Arch.LLAMA: HeaderLayout(_upstream(_NO_EXPERTS, "rope_type"), _DENSE_FIXED, _complete_upstream),
+    Arch.QWEN3: HeaderLayout(
         _upstream(_NO_EXPERTS, _IGNORED), {**_DENSE_FIXED, **_QWEN3_FIXED}, _complete_upstream
     ),
-    Arch.QWEN3_MOE: Layout(
+    Arch.QWEN3_MOE: HeaderLayout(
         _upstream(_ACTIVE, _IGNORED, _EXPERT_DIM),
         {
             **_UPSTREAM_FIXED,
@@ -353,12 +353,12 @@ LAYOUTS: Mapping[Arch, Layout] = {
         },
         _complete_upstream,
     ),
-    Arch.GLM: Layout(_GLM, _GLM_FIXED),
-    Arch.GLM4: Layout(_GLM, _GLM_FIXED),
-    Arch.GLM4_MOE: Layout(
+    Arch.GLM: HeaderLayout(_GLM, _GLM_FIXED),
+    Arch.GLM4: HeaderLayout(_GLM, _GLM_FIXED),
+    Arch.GLM4_MOE: HeaderLayout(
         (*_GLM, Pair(Key.QK_NORM, "qk_norm", 0, 1, _FLAG), *_EXPERTS),
         {**_SIGMOID, "rope_pairs": Pairs.HALVES},
     ),
-    Arch.GLM4_MOE_LITE: Layout(_LATENT, _LATENT_FIXED, _complete_latent),
-    Arch.GLM_MOE_DSA: Layout((*_LATENT, *_INDEXER), _LATENT_FIXED, _complete_indexed),
+    Arch.GLM4_MOE_LITE: HeaderLayout(_LATENT, _LATENT_FIXED, _complete_latent),
+    Arch.GLM_MOE_DSA: HeaderLayout((*_LATENT, *_INDEXER), _LATENT_FIXED, _complete_indexed),
 }

@@ -5,7 +5,7 @@ formula; a line in `ALGORITHMS` of `choose.py`. Then `--collective` takes its na
 run it on simulated nodes.
 """
 
-from pyllama_dist.net.collectives.choose import ALGORITHMS, AUTO, plan
+from pyllama_dist.net.collectives.choose import ALGORITHMS, AUTO, make_schedule
 from pyllama_dist.net.collectives.exchange import Exchange
 from pyllama_dist.net.collectives.schedule import Cost, Part, Reduce, Round, Schedule
 
@@ -18,5 +18,5 @@ __all__ = [
     "Reduce",
     "Round",
     "Schedule",
-    "plan",
+    "make_schedule",
 ]

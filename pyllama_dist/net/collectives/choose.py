@@ -32,7 +32,7 @@ _MESSAGE_SECONDS = 20e-6  # to send or to receive one: see design of `zeromq`
 _BYTE_SECONDS = 8e-9  # of a link, in each direction
 
 
-def plan(
+def make_schedule(
     exchange: Sync | AllReduce, pipe: Pipe, collective: str, program: Program, rows: int
 ) -> Schedule:
     """What a node does for an exchange.

@@ -69,7 +69,7 @@ class Exchange:
         self,
         mesh: Mesh,
         regions: Regions,
-        plan: Callable[[int], Schedule],
+        schedule: Callable[[int], Schedule],
         reduce: Callable[[int, int], None],
         *,
         node: int,
@@ -79,11 +79,11 @@ class Exchange:
         Args:
             mesh: the connections to all other nodes.
             regions: those of the pipe.
-            plan: makes the schedule for a number of rows, at least 1.
+            schedule: makes the schedule for a number of rows, at least 1.
             reduce: makes rows of the sum: the first one, and the one after the last.
             node: this node.
         """
-        self._mesh, self._regions, self._plan, self._reduce = mesh, regions, plan, reduce
+        self._mesh, self._regions, self._schedule, self._reduce = mesh, regions, schedule, reduce
         self._node = node
         self._ready: dict[int, _Ready] = {}  # by rows
 
@@ -146,7 +146,7 @@ class Exchange:
         return ready
 
     def _prepare(self, rows: int) -> _Ready:
-        schedule = self._plan(rows)
+        schedule = self._schedule(rows)
         actions: list[Reduce | _Round] = []
         rounds = 0
         for action in schedule:

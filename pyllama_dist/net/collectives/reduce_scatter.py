@@ -1,4 +1,4 @@
-"""Each node makes the sum of its share of the rows, and sends that to all others.
+"""Each node sums its part of the rows and sends that sum to all others.
 
 A reduce-scatter by rows, then an all-gather by rows: two rounds, and the fewest bytes for the node
 that has the most. With n nodes and B bytes of partial sums, of which node i sums b(i), about B / n,

@@ -1,4 +1,4 @@
-"""A worker's public door: a ROUTER, and the one conversation that goes on through it."""
+"""A worker's public socket: a ROUTER, and the one conversation that goes on through it."""
 
 import logging
 import time

@@ -11,8 +11,8 @@ import zmq
 from pyllama_dist.errors import NodeError, ProtocolError
 from pyllama_dist.net import frames as wire
 from pyllama_dist.net.messages import Bye, Error, Link, Message
-from pyllama_dist.net.transport import ROOT, Channel, Door, LostError, Raw
-from pyllama_dist.net.zeromq.doors import endpoint, open_door
+from pyllama_dist.net.transport import ROOT, Channel, Endpoint, LostError, Raw
+from pyllama_dist.net.zeromq.endpoints import bind_endpoint, url
 from pyllama_dist.net.zeromq.sockets import (
     CLOSED,
     GOODBYE_MS,
@@ -30,18 +30,19 @@ from pyllama_dist.net.zeromq.sockets import (
     yield_core,
 )
 
-# Seconds that a node looks for frames awake before it sleeps until one comes: that wakes up later.
-# Between two looks it offers its core. If it gets that back late, others need it. If nothing comes
-# though it looks, they may need it all the same: to offer a core is not always to give it away.
-LOOKING, CROWDED = 1e-3, 1e-4
-# A node that has looked in vain is in the way of others, and its own. So many exchanges sleep at
-# once then: after each further time in vain twice as many, up to the last number.
-RESTS = 32, 4096
-# A frame above so many bytes may not fit into the system's buffer at once. ZeroMQ's thread sends
-# the rest when it has its turn: a node that computed on would keep it, and so the others, waiting
-# for milliseconds (prompts on 2 nodes of one thread: a third slower). So an exchange waits for it.
+# Seconds of busy-polling before a receive blocks: waking a blocked thread takes longer. The thread
+# yields its core between two polls. If a yield takes longer than `CROWDED` seconds, other threads
+# need the core, and it stops polling.
+BUSY_POLL, CROWDED = 1e-3, 1e-4
+# After a poll that did not receive everything, the next N exchanges block at once: a yield
+# does not always free the core for those who need it. N doubles each time, from the first value up
+# to the second.
+BACKOFF = 32, 4096
+# A frame above this size may not fit into the kernel's socket buffer. libzmq's I/O thread sends the
+# rest when it is scheduled: a node that computes meanwhile keeps it, and so its peers, waiting for
+# milliseconds (prompts on 2 nodes of one thread: a third slower). So an exchange waits for it.
 _LARGE = 1 << 16
-NAP_MS = 50  # then it looks whether its peers are still there
+NAP_MS = 50  # a receive blocks for so long before it checks that all peers are connected
 
 
 @dataclass
@@ -50,14 +51,14 @@ class _Peer:
 
     socket: Socket
     monitor: Socket
-    bound: bool = False  # this node listens, and the peer connects
-    port: int = 0  # where who connects has to come
-    connection: int | None = None  # the peer's, among those that strangers may have tried
+    bound: bool = False  # whether this node bound the endpoint and the peer connects
+    port: int = 0  # of the end that is bound
+    connection: int | None = None  # descriptor of the peer's connection; others are strangers'
 
 
 @runtime_checkable
 class _Pollable(Protocol):
-    """A worker's channel to its root, which can be waited for together with the peers."""
+    """A worker's channel to its root, which can be polled together with the peers."""
 
     @property
     def sources(self) -> list[Watched]: ...
@@ -79,33 +80,33 @@ class ZmqMesh:
         self._context, self._host, self._ports = context, host, ports
         self._peers: dict[int, _Peer] = {}
         self.names: Sequence[str] = ()
-        self._rests = 0  # exchanges to come that sleep at once
-        self._next_rests = RESTS[0]
+        self._blocking = 0  # the next exchanges that block without polling
+        self._next_blocking = BACKOFF[0]
 
-    def bind(self, nodes: Sequence[int]) -> list[Door]:
+    def bind(self, nodes: Sequence[int]) -> list[Endpoint]:
         """See `Mesh`."""
-        doors = []
+        endpoints = []
         for node in nodes:
             peer = self._open(node)
             peer.bound = True
-            door = open_door(peer.socket, self._host, self._ports)
-            peer.port = door[0]
-            doors.append(door)
-        return doors
+            endpoint = bind_endpoint(peer.socket, self._host, self._ports)
+            peer.port = endpoint[0]
+            endpoints.append(endpoint)
+        return endpoints
 
-    def connect(self, peers: Mapping[int, tuple[str, Door]]) -> None:
+    def connect(self, peers: Mapping[int, tuple[str, Endpoint]]) -> None:
         """See `Mesh`."""
-        for node, (host, door) in peers.items():
+        for node, (host, endpoint) in peers.items():
             peer = self._open(node)
-            peer.port = door[0]
-            connect(peer.socket, endpoint(host, door))
+            peer.port = endpoint[0]
+            connect(peer.socket, url(host, endpoint))
 
     def greet(self, session: bytes, node: int, names: Sequence[str], timeout: float) -> None:
         """See `Mesh`."""
         self.names = names
         deadline = time.monotonic() + timeout
         link = wire.encode(Link(session, node))
-        # Who connects speaks first: only then does the other end know that it is not alone.
+        # The end that connects sends first: only then does the bound end know that it has a peer.
         for other, peer in self._peers.items():
             if not peer.bound:
                 self._meet(other, zmq.POLLOUT, deadline, names[other])
@@ -127,9 +128,9 @@ class ZmqMesh:
         deadline = time.monotonic() + timeout
         leaving = [(node, self._send(node, frame, deadline)) for node, frame in sends.items()]
         if sends:
-            yield_core()  # to ZeroMQ's thread, or it might send only when this one has to wait
+            yield_core()  # to libzmq's I/O thread, which might not run before this thread blocks
         deadline = time.monotonic() + timeout
-        found = self._look(receives)
+        found = self._busy_poll(receives)
         late = [node for node in receives if node not in found]
         while late:
             try:
@@ -144,31 +145,31 @@ class ZmqMesh:
                         raise LostError(detail, ", ".join(names)) from None
         for node, tracker in leaving:
             if tracker is not None:
-                self._see_off(node, tracker, deadline)
+                self._wait_sent(node, tracker, deadline)
         return list(found.items())
 
-    def _look(self, frames: Mapping[int, memoryview]) -> dict[int, int]:
-        """Receives what comes soon, awake; returns who has sent how many bytes."""
+    def _busy_poll(self, frames: Mapping[int, memoryview]) -> dict[int, int]:
+        """Busy-polls for a bounded time; returns the bytes received, by peer."""
         found: dict[int, int] = {}
         if not frames:
             return found
-        if self._rests:
-            self._rests -= 1
+        if self._blocking:
+            self._blocking -= 1
             return found
-        looked = now = time.monotonic()
-        end = now + LOOKING
-        while now < end and now - looked < CROWDED:
+        polled = now = time.monotonic()
+        end = now + BUSY_POLL
+        while now < end and now - polled < CROWDED:
             for node, memory in frames.items():
                 if node not in found and readable(socket := self._peers[node].socket):
                     found[node] = socket.recv_into(memory, flags=NOBLOCK)
             if len(found) == len(frames):
-                self._next_rests = RESTS[0]
+                self._next_blocking = BACKOFF[0]
                 return found
-            looked = time.monotonic()
+            polled = time.monotonic()
             yield_core()
             now = time.monotonic()
-        self._rests = self._next_rests
-        self._next_rests = min(2 * self._rests, RESTS[1])
+        self._blocking = self._next_blocking
+        self._next_blocking = min(2 * self._blocking, BACKOFF[1])
         return found
 
     def wait(self, channel: Channel, timeout: float | None) -> tuple[Message, Raw]:
@@ -203,7 +204,7 @@ class ZmqMesh:
         self._peers = {}
 
     def _open(self, node: int) -> _Peer:
-        # PAIR takes one peer and no other: a stranger can neither hear nor speak in between.
+        # A PAIR accepts one peer only, so a stranger can neither read nor send on its connection.
         socket, monitor = open_socket(self._context, zmq.PAIR, wire.MAX_DATA, LOST)
         socket.reconnect_ivl = -1
         socket.rcvtimeo = NAP_MS
@@ -211,7 +212,7 @@ class ZmqMesh:
         return self._peers[node]
 
     def _meet(self, node: int, event: int, deadline: float, where: str) -> None:
-        """Waits until a new peer can be spoken to, or has spoken.
+        """Waits until a new peer can be sent to (POLLOUT), or has sent (POLLIN).
 
         Raises:
             LostError: a peer is gone, or this one cannot be met in time.
@@ -230,15 +231,15 @@ class ZmqMesh:
         socket, large = self._peers[node].socket, len(frame) > _LARGE
         while True:
             try:
-                # A small one is copied: the pipe is written again before ZeroMQ's thread sends it.
+                # A small frame is copied: its region may be overwritten before libzmq sends it.
                 return socket.send(frame, NOBLOCK, copy=not large, track=large)
             except zmq.Again:
                 pass
             if time.monotonic() > deadline or not self._poll([(socket, zmq.POLLOUT)], deadline):
                 raise LostError("no room to send to it; is it reachable?", self.names[node])
 
-    def _see_off(self, node: int, tracker: zmq.MessageTracker, deadline: float) -> None:
-        """Waits until ZeroMQ has let go of a frame: it was sent, or its connection is gone."""
+    def _wait_sent(self, node: int, tracker: zmq.MessageTracker, deadline: float) -> None:
+        """Waits until libzmq has released a frame's buffer: sent it, or lost the connection."""
         while True:
             with suppress(zmq.NotDone):
                 tracker.wait(NAP_MS / 1000)
@@ -248,7 +249,7 @@ class ZmqMesh:
                 raise LostError("it does not take what is sent", self.names[node])
 
     def _poll(self, watched: Sequence[Watched], deadline: float | None) -> bool:
-        """Waits until one of the sockets is ready, or a stranger was turned away; whether so.
+        """Waits until a socket is ready or a connection has changed; False at the deadline.
 
         Raises:
             LostError: a peer is gone.
