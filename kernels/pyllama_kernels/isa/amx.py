@@ -36,7 +36,9 @@ ISA = replace(
     features=(*avx512_vnni.ISA.features, "amx-tile", "amx-bf16"),
 )
 
-LEAST = 25  # rows: 24 are tiles of 16 and 8, which VNNI multiplies in 0.85 of the time; 25 to 32 take longer there
+# Rows from which on tiles pay: VNNI multiplies 24, as 16 and 8, in 0.85 of the time, but takes as
+# long for 25 as for 32.
+LEAST = 25
 _ROWS = 512  # of the batch at a time
 _GROUPS = 16  # of weights at a time
 _BLOCKS = 16  # of inputs at a time
