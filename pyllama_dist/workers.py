@@ -62,7 +62,7 @@ class Workers:
         if isinstance(message, Error):
             if message.culprit:
                 raise LostError(message.message, message.culprit, channel.address)
-            raise _reason(channel, message)
+            raise self._reason(channel, message)
         raise ProtocolError(
             f"{channel.address} answered {type(message).__name__} instead of {kind.__name__} in "
             f"phase {self.phase}"
@@ -137,11 +137,7 @@ class Workers:
             if culprits[0] in visited or culprits[0] not in complaints:
                 order = [ROOT, *(channel.address for channel in self.channels)]
                 ends = " - ".join(sorted((reporter, culprits[0]), key=order.index))
-                return NodeError(
-                    f"lost the link {ends} in phase {self.phase}: "
-                    f"{complaint.detail}; both ends are there: check the network between them, "
-                    f"then start this root again"
-                )
+                return self._lost_link(ends, complaint.detail)
             reporter = culprits[0]
 
     def _hear(self, complaints: dict[str, LostError]) -> NodeError | None:
@@ -154,7 +150,7 @@ class Workers:
                     if not isinstance(message, Error):
                         continue  # said before
                     if not message.culprit:
-                        return _reason(channel, message)
+                        return self._reason(channel, message)
                     complaint = LostError(message.message, message.culprit, channel.address)
                     complaints[channel.address] = complaint
             except NodeError:
@@ -162,5 +158,16 @@ class Workers:
         return None
 
 
-def _reason(channel: Channel, message: Error) -> NodeError:
-    return NodeError(f"worker {channel.address} in phase {message.phase}: {message.message}")
+    def _reason(self, channel: Channel, message: Error) -> NodeError:
+        """The error of a worker that says why it cannot go on."""
+        if message.phase is Phase.HELLO and self.phase is not Phase.HELLO:
+            # ZeroMQ connects again by itself, and the worker takes that for a new root.
+            detail = "the connection ended and was made again"
+            return self._lost_link(f"{ROOT} - {channel.address}", detail)
+        return NodeError(f"worker {channel.address} in phase {message.phase}: {message.message}")
+
+    def _lost_link(self, ends: str, detail: str) -> NodeError:
+        return NodeError(
+            f"lost the link {ends} in phase {self.phase}: {detail}; both ends are there: check the "
+            f"network between them, then start this root again"
+        )
