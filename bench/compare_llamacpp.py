@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from compare_llamacpp_env import VERSION, prepare, python
-from engines import CACHE, Measurer, Others, Starting, result_file, running
+from llamacpp_env import VERSION, prepare, python
+from measurer import CACHE, Measurer, Others, Starting, result_file, running
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -226,10 +226,10 @@ def main() -> None:
     console = Console(stderr=True)
     with console.status("building llama.cpp, unless that is done") as status, ExitStack() as stack:
         build = prepare(args.env)
-        serve: list[str | Path] = [sys.executable, "-m", "pyllama_dist.bench.serve"]
+        serve: list[str | Path] = [sys.executable, HERE / "pyllama_worker.py"]
         kernels = {"PYLLAMA_KERNELS": args.kernels} if args.kernels else {}
         ours = stack.enter_context(running(OURS, serve, **kernels))
-        worker: list[str | Path] = [python(args.env), HERE / "compare_llamacpp_worker.py"]
+        worker: list[str | Path] = [python(args.env), HERE / "llamacpp_worker.py"]
         theirs = stack.enter_context(running(THEIRS, worker))
         date = datetime.now().astimezone()
         report: dict[str, Any] = {

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines import Answer, Measurer, Others, Starting, result_file, running
+from measurer import Answer, Measurer, Others, Starting, result_file, running
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -84,7 +84,7 @@ class Case:
 
 
 class Server:
-    """A layout's process: `pyllama_dist.bench.serve`."""
+    """A layout's process: `pyllama_worker.py`."""
 
     def __init__(self, measurer: Measurer, layout: ClusterShape, shape: str, seq_len: int) -> None:
         self._measurer, self._shape, self._seq_len = measurer, shape, seq_len
@@ -305,7 +305,8 @@ def main() -> None:
     with console.status("loading") as status, ExitStack() as stack:
         servers = {}
         for layout in args.layouts:
-            command: list[str | Path] = [sys.executable, "-m", "pyllama_dist.bench.serve"]
+            worker = Path(__file__).parent / "pyllama_worker.py"
+            command: list[str | Path] = [sys.executable, worker]
             measurer = stack.enter_context(running(f"nodes-{layout}", command))
             servers[layout] = server = Server(measurer, layout, args.shape, seq_len)
             status.update(f"loading {layout}")

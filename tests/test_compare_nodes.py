@@ -16,15 +16,15 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture
-def engines(monkeypatch, tmp_path):
+def measurer(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("engines")
+    module = importlib.import_module("measurer")
     monkeypatch.setattr(module, "CACHE", tmp_path)
     return module
 
 
 @pytest.fixture
-def nodes(engines):
+def nodes(measurer):
     return importlib.import_module("compare_nodes")
 
 
@@ -40,17 +40,17 @@ for line in sys.stdin:
 """
 
 
-def test_an_engine_answers_until_it_ends(engines):
-    with engines.running("echo", [sys.executable, "-c", ECHO]) as engine:
-        assert engine.ask(load={"shape": "x"}) == {"heard": {"load": {"shape": "x"}}}
+def test_a_measurer_answers_until_it_ends(measurer):
+    with measurer.running("echo", [sys.executable, "-c", ECHO]) as echo:
+        assert echo.ask(load={"shape": "x"}) == {"heard": {"load": {"shape": "x"}}}
         with pytest.raises(NodeError, match="echo: no"):
-            engine.ask(fail=1)
+            echo.ask(fail=1)
         with pytest.raises(NodeError, match=r"echo ended with 3: see .*compare-echo\.log"):
-            engine.ask(die=1)
-    assert not psutil.pid_exists(engine.pid)
+            echo.ask(die=1)
+    assert not psutil.pid_exists(echo.pid)
 
 
-def test_what_is_measured_and_its_children_are_no_others(engines, monkeypatch):
+def test_what_is_measured_and_its_children_are_no_others(measurer, monkeypatch):
     seconds = {"own": 10.0, "child": 20.0, "all": 100.0}
 
     class Process:
@@ -68,10 +68,10 @@ def test_what_is_measured_and_its_children_are_no_others(engines, monkeypatch):
         idle = iowait = 0.0
 
     clock = iter([5.0, 7.0])
-    monkeypatch.setattr(engines.psutil, "Process", Process)
-    monkeypatch.setattr(engines.psutil, "cpu_times", lambda: Times((seconds["all"],)))
-    monkeypatch.setattr(engines.time, "perf_counter", lambda: next(clock))
-    others = engines.Others(["own"])
+    monkeypatch.setattr(measurer.psutil, "Process", Process)
+    monkeypatch.setattr(measurer.psutil, "cpu_times", lambda: Times((seconds["all"],)))
+    monkeypatch.setattr(measurer.time, "perf_counter", lambda: next(clock))
+    others = measurer.Others(["own"])
     seconds.update(own=12.0, child=21.0, all=104.0)
     assert others.cores() == 0.5  # of 4 seconds of CPU in 2 seconds, 3 were its own
 

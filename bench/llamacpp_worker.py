@@ -1,4 +1,4 @@
-"""llama.cpp as a process that measures on demand: a JSON line in, a JSON line out.
+"""llama.cpp as a process that measures on request; see `orders.py`.
 
 Runs in llama.cpp's environment, and measures as llama-bench does: random tokens, batches of 2048
 in steps of 512, keys and values in float16.
@@ -6,24 +6,21 @@ in steps of 512, keys and values in float16.
     {"about": {}}
     {"load": {"shape": "...", "config": {...}, "dir": "...", "threads": 2, "seq_len": 640}}
     {"run": {"p": 512, "n": 0, "d": 0, "flash": true}}
-
-It ends with its input. A request that fails is answered with {"error": "..."}.
 """
 
 import ctypes
 import json
-import os
 import random
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import gguf_shapes
 import llama_cpp  # type: ignore[import-not-found]
+import orders
 
 BATCH = 2048
 STEP = 512
@@ -159,24 +156,8 @@ class Bench:
 
 
 def main() -> None:
-    # Answers go to what was stdout; whatever a library prints goes to stderr.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
     bench = Bench()
-    orders: dict[str, Callable[..., dict[str, Any]]] = {
-        "about": bench.about,
-        "load": bench.load,
-        "run": bench.run,
-    }
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer: dict[str, Any]
-        try:
-            [(name, details)] = request.items()
-            answer = orders[name](**details)
-        except (ValueError, OSError) as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), file=answers)
+    orders.serve({"about": bench.about, "load": bench.load, "run": bench.run}, ValueError, OSError)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
-"""The benchmark as a process that takes orders: `python -m pyllama_dist.bench.serve`.
+"""pyllama-dist as a process that measures on request; see `orders.py`.
 
-For comparisons that alternate with another program. Each line of standard input is one JSON object,
-and so is the answer, with `"ok": true`, or `"ok": false` and what went wrong:
-
-    {"load": {"shape": "glm-edge-1.5b", "threads": 2, "nodes": 1, "seq_len": 1024}}
-    {"run": {"p": 512, "n": 0, "d": 0}}      one run of pp512; nothing is warmed up before it
-    {"run": {"p": 0, "n": 128, "d": 512}}    one run of tg128 at a depth of 512
-    {"bandwidth": {"threads": 2}}            what so many threads read from memory
-    {"unload": {}}                           the memory is free again
-    {"quit": true}
+{"load": {"shape": "glm-edge-1.5b", "threads": 2, "nodes": 1, "seq_len": 1024}}
+{"run": {"p": 512, "n": 0, "d": 0}}      one run of pp512; nothing is warmed up before it
+{"run": {"p": 0, "n": 128, "d": 512}}    one run of tg128 at a depth of 512
+{"bandwidth": {"threads": 2}}            what so many threads read from memory
+{"unload": {}}                           the memory is free again
 """
 
-import json
-import sys
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+
+import orders
 
 from pyllama_dist.bench import machine
 from pyllama_dist.bench.measure import plan_tests
@@ -83,32 +77,19 @@ class Server:
         self._session = self._reader = None
         self._open.close()
 
-    def answer(self, order: Mapping[str, Any]) -> Answer:
-        """What an order comes to."""
-        known: dict[str, Callable[..., Answer]] = {
-            "load": self.load,
-            "run": self.run,
-            "bandwidth": self.bandwidth,
-            "unload": self.unload,
-        }
-        try:
-            for name, details in order.items():
-                if name in known:
-                    return {"ok": True, **known[name](**details)}
-            raise UsageError(f"{dict(order)}: an order is one of {', '.join(known)}, quit")
-        except PyllamaError as error:
-            return {"ok": False, "error": str(error)}
-
 
 def main() -> None:
-    """Answers lines until one says quit, or there are no more."""
     server = Server()
     try:
-        for line in sys.stdin:
-            order = json.loads(line)
-            if "quit" in order:
-                break
-            print(json.dumps(server.answer(order)), flush=True)
+        orders.serve(
+            {
+                "load": server.load,
+                "run": server.run,
+                "bandwidth": server.bandwidth,
+                "unload": server.unload,
+            },
+            PyllamaError,
+        )
     finally:
         server.close()
 
