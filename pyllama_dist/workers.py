@@ -156,6 +156,7 @@ class Workers:
             except NodeError:
                 continue
         return None
+
     def _reason(self, channel: Channel, message: Error) -> NodeError:
         """The error of a worker that says why it cannot go on."""
         if message.phase is Phase.HELLO and self.phase is not Phase.HELLO:

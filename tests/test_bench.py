@@ -13,7 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from pyllama_dist.bench import machine, report, serve, shapes
+from pyllama_dist.bench import machine, report, shapes
 from pyllama_dist.bench.measure import Bench, Result, Run, matrix_bytes, measure, plan_tests
 from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
 from pyllama_dist.bench.random_model import RandomModel
@@ -33,7 +33,7 @@ from pyllama_dist.net.zeromq.mesh import ZmqMesh
 from pyllama_dist.node import Spent
 from pyllama_dist.program import Batch
 from pyllama_dist.simulate import simulated_root
-from pyllama_dist.worker import serve as serve_roots
+from pyllama_dist.worker import serve
 from pyllama_kernels.bandwidth import TURN, MemoryReader, sum_of
 from pyllama_kernels.blocks import dequantize_q40
 from pyllama_kernels.pages import KV_BLOCK
@@ -411,44 +411,6 @@ def test_memory_is_read_by_threads_that_share_it():
         MemoryReader(3, TURN)
 
 
-def test_a_server_takes_orders_one_by_one(monkeypatch, capsys):
-    orders = [
-        {"run": {"p": 4}},
-        {"load": {"shape": "tiny", "threads": 1, "nodes": 1, "seq_len": 32}},
-        {"run": {"p": 8, "n": 0, "d": 0}},
-        {"run": {"p": 0, "n": 4, "d": 16}},
-        {"run": {"p": 8, "n": 8}},
-        {"bandwidth": {"threads": 1}},
-        {"bandwidth": {"threads": 1}},
-        {"unload": {}},
-        {"run": {"p": 8, "n": 0, "d": 0}},
-        {"dance": {}},
-        {"quit": True},
-        {"run": {"p": 8}},
-    ]
-    readers = []
-
-    def make_reader(n_threads):
-        readers.append(MemoryReader(n_threads, 1 << 20))
-        return readers[-1]
-
-    monkeypatch.setattr(machine, "memory_reader", make_reader)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, orders))))
-    serve.main()
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["ok"] for answer in answers] == [
-        *(False, True, True, True, False, True, True),
-        *(True, False, False),
-    ]
-    _, loaded, pp, tg, _, bandwidth, again, *_ = answers
-    assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
-    assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
-    assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
-    assert bandwidth["gb_per_second"] > 0 < again["gb_per_second"]
-    (reader,) = readers  # its memory did not go in between
-    assert not hasattr(reader, "_buffer")  # and went with the model
-
-
 def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
     config = shapes.config_of("tiny")
     cluster = Cluster(local_workers=1, n_threads=1, max_seq_len=16)
@@ -499,7 +461,7 @@ def test_the_traffic_worked_out_is_what_sockets_count(monkeypatch, sync, collect
 
     def work(listener):
         with suppress(LostError):
-            serve_roots(listener, 1)
+            serve(listener, 1)
         listener.close()
 
     monkeypatch.setattr(plan_module, "MAX_ROWS", 8)  # most batches of a prompt want no logits

@@ -11,6 +11,7 @@ import pytest
 
 from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
 from pyllama_dist.errors import NodeError, UsageError
+from pyllama_kernels.bandwidth import MemoryReader
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -48,6 +49,37 @@ def test_a_measurer_answers_until_it_ends(measurer):
         with pytest.raises(NodeError, match=r"echo ended with 3: see .*compare-echo\.log"):
             echo.ask(die=1)
     assert not psutil.pid_exists(echo.pid)
+
+
+def test_our_process_measures_on_request(measurer):
+    with measurer.running("ours", [sys.executable, BENCH / "pyllama_worker.py"]) as ours:
+        with pytest.raises(NodeError, match="nothing is loaded"):
+            ours.ask(run={"p": 4})
+        loaded = ours.ask(load={"shape": "tiny", "threads": 1, "nodes": 1, "seq_len": 32})
+        pp, tg = ours.ask(run={"p": 8}), ours.ask(run={"n": 4, "d": 16})
+        with pytest.raises(NodeError, match="one of them says how many tokens"):
+            ours.ask(run={"p": 8, "n": 8})
+        assert ours.ask(unload={}) == {}
+        with pytest.raises(NodeError, match="nothing is loaded"):
+            ours.ask(run={"p": 8})
+    assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
+    assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
+    assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
+
+
+def test_memory_that_is_read_stays_until_the_model_goes(measurer, monkeypatch):
+    worker, readers = importlib.import_module("pyllama_worker"), []
+
+    def make_reader(n_threads):
+        readers.append(MemoryReader(n_threads, 1 << 20))
+        return readers[-1]
+
+    monkeypatch.setattr(worker.machine, "memory_reader", make_reader)
+    server = worker.Server()
+    assert server.bandwidth(1)["gb_per_second"] > 0 < server.bandwidth(1)["gb_per_second"]
+    server.unload()
+    (reader,) = readers
+    assert not hasattr(reader, "_buffer")
 
 
 def test_what_is_measured_and_its_children_are_no_others(measurer, monkeypatch):
