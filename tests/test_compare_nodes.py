@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from pyllama_dist.bench.measure import Test as Trial  # pytest takes Test for tests of its own
+from pyllama_dist.config import FloatType
 from pyllama_dist.errors import NodeError, UsageError
 from pyllama_kernels.bandwidth import MemoryReader
 
@@ -51,35 +52,53 @@ def test_a_measurer_answers_until_it_ends(measurer):
     assert not psutil.pid_exists(echo.pid)
 
 
-def test_our_process_measures_on_request(measurer):
-    with measurer.running("ours", [sys.executable, BENCH / "pyllama_worker.py"]) as ours:
-        with pytest.raises(NodeError, match="nothing is loaded"):
-            ours.ask(run={"p": 4})
-        loaded = ours.ask(load={"shape": "tiny", "threads": 1, "nodes": 1, "seq_len": 32})
-        pp, tg = ours.ask(run={"p": 8}), ours.ask(run={"n": 4, "d": 16})
-        with pytest.raises(NodeError, match="one of them says how many tokens"):
-            ours.ask(run={"p": 8, "n": 8})
-        assert ours.ask(unload={}) == {}
-        with pytest.raises(NodeError, match="nothing is loaded"):
-            ours.ask(run={"p": 8})
-    assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
-    assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
-    assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
+WORKER = """
+import orders
+
+def halve(n):
+    if n % 2:
+        raise ValueError(f"{n} is odd")
+    print("no answer")
+    return {"half": n // 2}
+
+orders.serve({"halve": halve}, ValueError)
+"""
 
 
-def test_memory_that_is_read_stays_until_the_model_goes(measurer, monkeypatch):
+def test_orders_are_answered_and_what_they_raise_too(measurer):
+    command = [sys.executable, "-c", WORKER]
+    with measurer.running("worker", command, PYTHONPATH=str(BENCH)) as worker:
+        assert worker.ask(halve={"n": 6}) == {"half": 3}
+        with pytest.raises(NodeError, match="worker: 7 is odd"):
+            worker.ask(halve={"n": 7})
+        assert worker.ask(halve={"n": 8}) == {"half": 4}
+
+
+def test_our_process_keeps_what_is_loaded_between_orders(nodes, tiny, monkeypatch):
     worker, readers = importlib.import_module("pyllama_worker"), []
 
     def make_reader(n_threads):
         readers.append(MemoryReader(n_threads, 1 << 20))
         return readers[-1]
 
+    monkeypatch.setattr(worker, "config_of", lambda shape: tiny(weights=FloatType.Q40).config)
     monkeypatch.setattr(worker.machine, "memory_reader", make_reader)
     server = worker.Server()
+    with pytest.raises(UsageError, match="nothing is loaded"):
+        server.run(p=4)
+    loaded = server.load("tiny", threads=1, seq_len=32)
+    assert (loaded["model"], loaded["threads"], loaded["seq_len"]) == ("tiny", 1, 32)
+    pp, tg = server.run(p=8), server.run(n=4, d=16)
+    assert pp["tokens_per_second"] == pytest.approx(8 / pp["seconds"])
+    assert tg["tokens_per_second"] == pytest.approx(4 / tg["seconds"])
+    with pytest.raises(UsageError, match="one of them says how many tokens"):
+        server.run(p=8, n=8)
     assert server.bandwidth(1)["gb_per_second"] > 0 < server.bandwidth(1)["gb_per_second"]
     server.unload()
-    (reader,) = readers
-    assert not hasattr(reader, "_buffer")
+    with pytest.raises(UsageError, match="nothing is loaded"):
+        server.run(p=8)
+    (reader,) = readers  # its memory did not go in between
+    assert not hasattr(reader, "_buffer")  # and went with the model
 
 
 def test_what_is_measured_and_its_children_are_no_others(measurer, monkeypatch):
