@@ -14,4 +14,4 @@ def answer():
 
 @pytest.mark.parametrize("seed", range(1, 13))
 def test_a_fault_ends_a_session_with_the_right_words_or_not_at_all(answer, seed):
-    assert session(draw(seed), answer) == ""
+    assert session(draw(seed), answer).wrong == ""
