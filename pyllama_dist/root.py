@@ -1,13 +1,12 @@
 """The root: it leads each step, and embeds the tokens. How it comes to be is in `cluster/`."""
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.executor.memory import own_blocks
@@ -22,7 +21,7 @@ F32 = npt.NDArray[np.float32]
 _TALK_SECONDS = 15.0
 
 
-class Root:
+class Root(Closing):
     """Node 0, and the workers that step with it."""
 
     def __init__(
@@ -104,14 +103,3 @@ class Root:
         """Says bye, or why not, and frees everything."""
         self._workers.close(error)
         self.node.executor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close(error)

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.errors import NodeError, ProtocolError, PyllamaError
 from pyllama_dist.net.messages import Bye, Error, Message, Phase
 from pyllama_dist.net.transport import ROOT, Channel, LostError, Mesh
@@ -15,7 +15,7 @@ _BLAME_SECONDS = 0.5  # for workers to say whom they miss, before the first susp
 _M = TypeVar("_M")
 
 
-class Workers:
+class Workers(Closing):
     """All workers of a root. A context manager: at its end it sends `bye`, or the error.
 
     Attributes:
@@ -88,17 +88,6 @@ class Workers:
             channel.close(last)
         self.channels = []
         self._close_mesh()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close(error)
 
     def _close_mesh(self) -> None:
         if self.mesh is not None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence as Tokens
 from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.engine.blocks import BlockPool
 from pyllama_dist.engine.sampler import F32
 from pyllama_dist.engine.scheduler import Scheduler, Step
@@ -29,7 +29,7 @@ _END_SECONDS = 0.5  # for a step, before it is interrupted
 _T = TypeVar("_T")
 
 
-class Engine:
+class Engine(Closing):
     """Runs the sequences of many clients on one root; to be used as a context.
 
     From its construction until it is closed, its thread alone uses the root. All methods may be
@@ -123,8 +123,9 @@ class Engine:
             self._inbox.put(future)
         return future.result()
 
-    def close(self, *, at_once: bool = False) -> None:
-        """Ends all generations after the running step, or `at_once` within it, and the thread."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the thread and all generations after the running step; within it, if interrupted."""
+        at_once = isinstance(error, KeyboardInterrupt | SystemExit)
         self._inbox.put(None)
         if at_once:
             self._thread.join(_END_SECONDS)
@@ -133,17 +134,6 @@ class Engine:
             ident = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close(at_once=isinstance(error, KeyboardInterrupt | SystemExit))
 
     def _check(self, request: Request) -> None:
         prompt, vocab = request.prompt, self.root.vocab_size

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Self
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.engine.sampler import F32, TokenLogprobs
 from pyllama_dist.engine.sequence import Finish, Sequence, Timings
 
 
-class Stream:
+class Stream(Closing):
     """Tokens without the one that ends them; then `finish_reason` says why they ended.
 
     Whoever does not read it to its end cancels it, or leaves its context.
@@ -61,14 +60,7 @@ class Stream:
         """Ends the generation after the step that is running; tokens until then still come."""
         self._cancel(self._sequence)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        """Cancels what was not read to its end."""
         if not self._ended:
             self.cancel()

@@ -3,9 +3,8 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Protocol, Self
+from contextlib import AbstractContextManager, ExitStack
+from typing import Protocol
 
 from pyllama_dist.cores import available_cores
 from pyllama_dist.errors import UsageError
@@ -14,7 +13,7 @@ from pyllama_dist.program import AllReduce, Batch, Program
 from pyllama_kernels.cpu import REFERENCE, KernelsError, choose
 
 
-class Executor(Protocol):
+class Executor(AbstractContextManager["Executor"], Protocol):
     """What both executors offer.
 
     A step is `begin`, then `run` for each segment in order, then `end`, also after an error.
@@ -42,17 +41,8 @@ class Executor(Protocol):
     def end(self) -> None:
         """Ends the step: threads sleep, unless the next one follows at once."""
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Ends the threads."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
 def make_executor(program: Program, n_threads: int) -> Executor:

@@ -2,11 +2,10 @@
 
 import threading
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.executor.arena import arena
 from pyllama_dist.executor.fusion import fuse
 from pyllama_dist.executor.lowering import Lowering, Row, address
@@ -21,7 +20,7 @@ from pyllama_kernels.pages import count_cells
 _JOIN_SECONDS = 5.0
 
 
-class CompiledExecutor:
+class CompiledExecutor(Closing):
     """Runs a program with a team of threads. See `Executor`.
 
     The calling thread leads. The others enter compiled code when a step begins, and stay there,
@@ -100,7 +99,7 @@ class CompiledExecutor:
             oploop.end_step(self._state)
             self._stepping = False
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Ends the threads."""
         if self._stepping:
             oploop.end_step(self._state)
@@ -109,17 +108,6 @@ class CompiledExecutor:
         for thread in self._threads:
             thread.join(_JOIN_SECONDS)  # they are daemons: a process can end without them
         self._threads, self._enter, self._stepping = [], [], False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _follow(self, thread: int) -> None:
         enter = self._enter[thread - 1]

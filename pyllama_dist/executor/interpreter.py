@@ -1,14 +1,12 @@
 """The interpreter: op after op, with the reference implementations. The one to step through."""
 
-from types import TracebackType
-from typing import Self
-
+from pyllama_dist.closing import Closing
 from pyllama_dist.executor.memory import Memory
 from pyllama_dist.executor.reduction import ops_of_segment, reduce_rows
 from pyllama_dist.program import AllReduce, Batch, Program
 
 
-class Interpreter:
+class Interpreter(Closing):
     """Runs a program op after op. See `Executor`."""
 
     def __init__(self, program: Program) -> None:
@@ -31,16 +29,5 @@ class Interpreter:
     def end(self) -> None:
         """Ends the step."""
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Nothing is open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,12 +9,12 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.config import Arch, Architecture, FloatType, ModelConfig, Tensor
 from pyllama_dist.errors import FileError
 from pyllama_dist.formats.atomic_write import atomic_write
@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-class ModelFile:
+class ModelFile(Closing):
     """A `.m` file, mapped into memory for reading.
 
     Attributes:
@@ -120,22 +120,11 @@ class ModelFile:
         """Gives back the memory of pages read so far; the system may keep them as file cache."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Ends the mapping; where views of it are still in use, the last of them does."""
         self._bytes = np.empty(0, np.uint8)
         with suppress(BufferError):
             self._map.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def tensor_bytes(tensor: Tensor) -> int:
