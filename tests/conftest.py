@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ from pyllama_dist.program import Batch, Program, Span, weights
 from pyllama_dist.worker import serve
 from pyllama_kernels.blocks import dequantize_q40, dequantize_q80, quantize_q40, quantize_q80
 from pyllama_kernels.pages import seq_blocks
+
+# A shell that starts tests in the background lets them, and all that they start, ignore ^C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # In CI the same examples each time; elsewhere new ones.
 settings.register_profile("quick", deadline=None, max_examples=50, derandomize="CI" in os.environ)
