@@ -15,6 +15,7 @@ The entry of matrix products has its first unit for `part`, and for `parts` the 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from numba import from_dtype, int64, types
@@ -34,7 +35,7 @@ class Entry:
         self.name = function.__name__
         self.function = kernel(function)
 
-    @property
+    @cached_property
     def address(self) -> int:
         """Where its machine code is; loaded from the cache or compiled when first asked for."""
         self.function.compile(_ARGUMENTS)
