@@ -34,6 +34,7 @@ def lacks() -> set[str] | None:
 
 LACKS = lacks()
 pytestmark = [
+    pytest.mark.slow,  # compiles afresh
     pytest.mark.skipif(LACKS is None, reason="needs Linux on x86-64"),
     pytest.mark.skipif(
         bool((LACKS or set()) - TILES),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pyllama_dist.executor.arena import arena
 from pyllama_kernels import attention, blocks, cache, pages, reference
 from pyllama_kernels.pages import KEPT_F16, KEPT_F32, KEPT_Q80, KV_BLOCK, PAGE
+from tests.tiers import slow_but
 
 F32 = np.float32
 KINDS = (KEPT_F32, KEPT_F16, KEPT_Q80)
@@ -244,7 +245,7 @@ def test_attention(kind, data):
 
 # More heads than form one batch, and numbers beside that; kinds of group that models have.
 @EVERY_KIND
-@pytest.mark.parametrize("group", [1, 8, 16, 63, 64, 65, 80])
+@pytest.mark.parametrize("group", slow_but([16, 65], [1, 8, 16, 63, 64, 65, 80]))
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_attention_of_large_groups(kind, group, n_rows):
     task = Task(kind, [0] * n_rows, range(40, 40 + n_rows), 80, group, group // 2, 32)
@@ -277,7 +278,7 @@ def test_long_attention_is_the_same_on_any_number_of_threads(kind, positions):
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("heads", [1, 5, 20, 64, 70])
+@pytest.mark.parametrize("heads", slow_but([5, 70], [1, 5, 20, 64, 70]))
 @pytest.mark.parametrize("positions", [(0,), (37, 38, 39), (700,), tuple(range(100, 117))])
 def test_latent_attention(kind, heads, positions):
     """All heads read one vector, whose first numbers are the values as well."""
@@ -292,7 +293,7 @@ def test_latent_attention(kind, heads, positions):
     np.testing.assert_array_equal(task.run(3), found)
 
 
-@pytest.mark.parametrize("heads", [1, 4, 7, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize("heads", slow_but([9, 64], [1, 4, 7, 8, 9, 16, 33, 64]))
 def test_latent_attention_stays_within_its_memory(heads):
     """Values as wide as keys, and as many positions as are taken at once."""
     task = Task(KEPT_Q80, [0], [1100], heads, heads, 0, 64, latent=64)
@@ -367,7 +368,7 @@ CONTEXTS = (40, 3 * KV_BLOCK + 5, pages.CHUNK + 20, 3 * pages.CHUNK + 100)
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(["gqa"], SHAPES))
 @settings(max_examples=25)
 @given(st.data())
 def test_a_row_has_the_same_result_in_any_batch(kind, shape, data):

@@ -23,6 +23,7 @@ from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.formats.huggingface.checkpoint import Checkpoint
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from tests.checkpoints import byte_tokenizer, converted, write_checkpoint
+from tests.tiers import slow_but
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -120,7 +121,7 @@ def checkpoint_values(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk_bytes", [1, 5000, 8 << 20])
+@pytest.mark.parametrize("chunk_bytes", slow_but([5000], [1, 5000, 8 << 20]))
 def test_f32_is_the_checkpoint(
     variant: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

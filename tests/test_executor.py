@@ -452,6 +452,7 @@ def test_the_ticket_of_the_first_range_is_written_last(monkeypatch):
     assert first not in others
 
 
+@pytest.mark.slow
 def test_who_opens_an_op_may_be_put_aside():
     """Others finish an op that has fewer ranges than threads before its tickets are all written."""
     narrow, wide = 4096, 32768  # in 2 ranges, and in 5

@@ -43,6 +43,7 @@ def test_damaged_counts_are_refused(source: Path, tmp_path: Path, offset: int) -
     assert "no sound GGUF file" in refusal(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_damaged_length_of_a_list_is_refused(tmp_path: Path) -> None:
     source = golden_gguf(tmp_path / "x.gguf", "glm_f32", Type.F32, sentencepiece_metadata)
     data = source.read_bytes()

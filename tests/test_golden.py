@@ -16,6 +16,7 @@ from pyllama_dist.formats.convert import convert
 from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.models import ARCHITECTURES, CHECKPOINTS
 from pyllama_dist.simulate import simulated_root
+from tests.tiers import slow_but
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -50,7 +51,7 @@ def test_there_are_checkpoints_of_every_kind():
     } == kinds
 
 
-@pytest.mark.parametrize("n_nodes", NODES)
+@pytest.mark.parametrize("n_nodes", slow_but([3], NODES))
 def test_logits_are_those_of_transformers(golden, n_nodes):
     model, expected = golden
     with engine(model, n_nodes) as e:
@@ -78,6 +79,7 @@ def test_reference_kernels_give_the_logits_of_transformers(golden, monkeypatch):
     assert np.abs(logits - expected["logits"]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_one_by_one_gives_the_logits_of_a_batch(golden):
     model, expected = golden
     tokens = expected["tokens"].tolist()

@@ -36,6 +36,7 @@ from pyllama_dist.net.transport import Address, LostError
 from pyllama_dist.node_info import node_info
 from pyllama_dist.program import Batch, weights
 from pyllama_dist.simulate import simulated_root
+from tests.tiers import slow_but
 
 TOKENS = (5, 9, 2, 100, 0, 9, 77)
 NODES = (2, 3, 4, 5, 8)
@@ -94,7 +95,7 @@ def alone(tiny, run_of):
 
 
 @pytest.mark.parametrize("arch", list(Arch))
-@pytest.mark.parametrize("n_nodes", NODES)
+@pytest.mark.parametrize("n_nodes", slow_but([3], NODES))
 def test_any_number_of_nodes_computes_the_same(tiny, run_of, alone, arch, n_nodes):
     model = tiny(arch=arch)
     with cluster(model, n_nodes) as root:
@@ -102,7 +103,7 @@ def test_any_number_of_nodes_computes_the_same(tiny, run_of, alone, arch, n_node
 
 
 @pytest.mark.parametrize("weights_type", [FloatType.Q40, FloatType.Q80])
-@pytest.mark.parametrize("n_nodes", NODES)
+@pytest.mark.parametrize("n_nodes", slow_but([3], NODES))
 def test_quantized_weights_are_cut_between_blocks(tiny, run_of, alone, weights_type, n_nodes):
     model = tiny(weights=weights_type)
     with cluster(model, n_nodes) as root:
@@ -112,7 +113,7 @@ def test_quantized_weights_are_cut_between_blocks(tiny, run_of, alone, weights_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", list(Arch))
-@pytest.mark.parametrize("n_nodes", NODES)
+@pytest.mark.parametrize("n_nodes", slow_but([3], NODES))
 def test_q80_sync_costs_little(tiny, run_of, alone, arch, n_nodes):
     model = tiny(arch=arch)
     with cluster(model, n_nodes, FloatType.Q80) as root:
@@ -122,7 +123,7 @@ def test_q80_sync_costs_little(tiny, run_of, alone, arch, n_nodes):
 
 
 @pytest.mark.parametrize("sync", [FloatType.F32, FloatType.Q80])
-@pytest.mark.parametrize("n_nodes", NODES)
+@pytest.mark.parametrize("n_nodes", slow_but([3], NODES))
 def test_all_nodes_hold_the_same_residual(tiny, run_of, executors, sync, n_nodes):
     model = tiny(weights=FloatType.Q40)
     with cluster(model, n_nodes, sync) as root:
