@@ -1,6 +1,5 @@
 """The engine: one thread that owns the root and serves all who want tokens of it."""
 
-import ctypes
 import itertools
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pyllama_dist import interrupt
 from pyllama_dist.closing import Closing
 from pyllama_dist.engine.blocks import BlockPool
 from pyllama_dist.engine.budget import StepBudget
@@ -160,10 +160,8 @@ class Engine(Closing):
         self._inbox.put(None)
         if at_once:
             self._thread.join(_END_SECONDS)
-        if at_once and self._thread.is_alive():
-            # Raised as soon as the thread runs Python code, as it does while it waits for nodes.
-            ident = ctypes.c_ulong(self._thread.ident or 0)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
+        if at_once:
+            interrupt.thread(self._thread)  # it runs Python code while it waits for nodes
         self._thread.join()
 
     def _check(self, request: Request) -> None:
