@@ -303,6 +303,10 @@ def requests_of(
             "messages",
             "context_length_exceeded",
         )
+    wrong = [id for id in body.logit_bias or () if int(id) >= tokenizer.vocab_size]
+    if wrong:
+        most = tokenizer.vocab_size - 1
+        raise bad_request(f"logit_bias: {wrong[0]} is no token id from 0 to {most}", "logit_bias")
     stop = set() if body.ignore_eos else set(tokenizer.eos_ids)
     stop |= set(body.stop_token_ids or ())
     requests = []

@@ -217,4 +217,4 @@ def _check(body: ChatRequest) -> None:
     if body.max_tokens == 0:
         raise bad_request("max_tokens is 0; ask for one at least", "max_tokens")
     if set(body.modalities or ()) - {"text"}:
-        raise bad_request("this model writes text only", "modalities")
+        raise bad_request("modalities: this model writes text only", "modalities")

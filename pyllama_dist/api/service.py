@@ -174,9 +174,9 @@ class Service:
         async with self._asking:
             when, found = self._usage
             if time.monotonic() - when > _USAGE_SECONDS:
-                ask = asyncio.to_thread(engine.between_steps, engine.root.usage)
                 try:
-                    found = await ask
+                    asked = engine.call_between_steps(engine.root.usage)
+                    found = await asyncio.wrap_future(asked)
                 except PyllamaError as error:
                     self.failure = of_engine(error)
                     raise self.failure from None

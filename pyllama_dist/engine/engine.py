@@ -140,6 +140,10 @@ class Engine(Closing):
 
     def between_steps(self, function: Callable[[], _T]) -> _T:
         """What a function of the root returns, called by the engine's thread between two steps."""
+        return self.call_between_steps(function).result()
+
+    def call_between_steps(self, function: Callable[[], _T]) -> Future[_T]:
+        """The same, without waiting for it."""
         future: Future[_T] = Future()
 
         def call() -> None:
@@ -152,7 +156,7 @@ class Engine(Closing):
             self._refuse_if_over()
             self._inbox.put(call)
             self._inbox.put(future)
-        return future.result()
+        return future
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the thread and all generations after the running step; within it, if interrupted."""
