@@ -13,6 +13,7 @@ import json
 
 from pyllama_dist.text.events import CallArguments
 from pyllama_dist.text.incoming import Incoming, Wait
+from pyllama_dist.text.thinking import CLOSE
 from pyllama_dist.text.tools.declared import DeclaredTools
 from pyllama_dist.text.tools.format import Arguments, Call
 from pyllama_dist.text.tools.schema import STRING, typed
@@ -37,7 +38,7 @@ class GlmTagFormat:
         yield from incoming.solid()
         name = ""
         while True:
-            text, end = incoming.until(*self.tags, "\n")
+            text, end = incoming.until(*self.tags, CLOSE, "\n")
             name += text
             if end is not None or incoming.ended:
                 break

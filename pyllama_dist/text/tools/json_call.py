@@ -63,7 +63,7 @@ def _arguments(
     try:
         while (member := (yield from key(incoming))) is not None:
             first = member in ARGUMENTS and given is None and not streamed
-            if first and (yield from incoming.peek()) == "{":
+            if first and (yield from incoming.solid()) == "{":
                 streamed = True
                 whole = yield from object_arguments(incoming, index)
                 if not whole:

@@ -49,6 +49,7 @@ def string(incoming: Incoming) -> Wait[str]:
     Raises:
         NoJsonError: none comes.
     """
+    yield from incoming.solid()
     text = yield from _string_text(incoming)
     try:
         value = json.loads(text, strict=False)
@@ -98,6 +99,8 @@ def value_text(incoming: Incoming) -> Wait[str]:
             yield
     while (char := (yield from incoming.peek())) and char not in ",}]" and not is_tag(char):
         text += yield from incoming.char()
+    if not char or not text.strip():
+        raise NoJsonError
     return text.strip()
 
 
@@ -118,5 +121,4 @@ def key(incoming: Incoming) -> Wait[str | None]:
     yield from incoming.solid()
     if (yield from incoming.char()) != ":":
         raise NoJsonError
-    yield from incoming.solid()
     return name
