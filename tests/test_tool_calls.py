@@ -364,15 +364,12 @@ def test_t7_what_is_certain_comes_at_once() -> None:
 )
 def test_t7_objects_come_at_once(form: ToolFormat, text: str) -> None:
     parser = ReplyParser(CLOSED, ADDED, form, TOOLS)
-    before, after = text.split("Berlin")
+    before, _ = text.split("Berlin")
     events = [event for token in tokens(before) for event in parser.push(*token)]
     assert events[-1] == CallArguments(0, '{"city": "')
     assert parser.push(0, "Ber") == [CallArguments(0, "Ber")]
     assert parser.push(0, "lin") == [CallArguments(0, "lin")]
-    assert (
-        parser.push(0, '", "days": 2}')
-        == [CallArguments(0, '", "days": 2}'), CallEnd(0)][: 1 if form is not BARE else 2]
-    )
+    assert parser.push(0, '", "days": 2}')[0] == CallArguments(0, '", "days": 2}')
 
 
 def test_what_is_not_yet_a_call_is_held_no_longer_than_needed() -> None:
@@ -418,11 +415,10 @@ def test_t11_a_call_that_was_never_closed() -> None:
     assert [(call.name, call.arguments) for call in reply.calls] == [("get_time", "{}"), BERLIN]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["NaN", "Infinity", "-01", "1_000", "0x10", "'a'", "(1, 2)", "{1: 2}", "__import__('os')"]
-    + ["[" * 100_000, "1" * 5000 + "x"],
-)  # fmt: skip
+NO_JSON = ["NaN", "Infinity", "-01", "1_000", "0x10", "'a'", "(1, 2)", "{1: 2}", "exit()"]
+
+
+@pytest.mark.parametrize("text", [*NO_JSON, "[" * 100_000, "1" * 5000 + "x"])
 def test_t12_only_strict_json_is_read(text: str) -> None:
     assert typed(text, frozenset({"number"})) == json.dumps(text)
     assert typed(text, ANY) == json.dumps(text)
@@ -709,7 +705,7 @@ OBJECT = '{"city": "Zürich \\"天\\"\\n", "days": 2, "of": ["a", {"b": null}]}'
         (
             GLM45_TEMPLATE,
             "\n<think>I see.</think>\nLet me look."
-            + glm("get_weather", ("city", 'Zü "天"\n020'), ("days", "2"), ("of", VALUES), lines=True)
+            + glm("get_weather", ("city", 'ü "天"\n020'), ("days", "2"), ("of", "[]"), lines=True)
             + glm("get_time", lines=True),
             "<|observation|>\n<tool_response>\nrain\n</tool_response>"
             "\n<tool_response>\nnoon\n</tool_response>",
