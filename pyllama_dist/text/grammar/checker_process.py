@@ -3,19 +3,22 @@
 import signal
 import subprocess
 import sys
-import weakref
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.errors import SystemLimitError, UsageError
 from pyllama_dist.text.grammar import checker
 
 _TIME_SIGNALS = (signal.SIGPROF, signal.SIGALRM)
 
 
-class CheckerProcess:
-    """Checks grammars one after the other; the process lives as long as this object."""
+class CheckerProcess(Closing):
+    """Checks grammars one after the other.
+
+    The process ends when this is closed, and with the process that started it.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         """Starts nothing before the first check."""
@@ -41,7 +44,8 @@ class CheckerProcess:
             if said is not None:
                 return said
             self._process = None
-            code = process.wait()
+            process.communicate()
+            code = process.returncode
         if code >= 0:
             raise SystemLimitError(
                 f"the process that checks grammars ended with code {code}; "
@@ -53,19 +57,21 @@ class CheckerProcess:
             "properties"
         )
 
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the process."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+                self._process.communicate()
+                self._process = None
+
     def _start(self) -> subprocess.Popen[bytes]:
         program = str(Path(checker.__file__))
-        process = self._process = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-P", program, str(self._vocab_size)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # panics of the library, which it also returns
             start_new_session=True,  # ^C is for the one who started us
         )
-        weakref.finalize(self, _end, process)
-        return process
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.communicate()
+        return self._process

@@ -5,6 +5,7 @@ from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from pyllama_dist.closing import Closing
 from pyllama_dist.errors import UsageError
 from pyllama_dist.text.grammar.calls import CALL, calls_source, tools_of
 from pyllama_dist.text.grammar.checker_process import CheckerProcess
@@ -24,8 +25,8 @@ _KNOWN = 256  # grammars that need not be checked again
 _HEAD = '%llguidance {"no_forcing": true}\n'
 
 
-class Grammars:
-    """Makes the grammars of one model; from any thread."""
+class Grammars(Closing):
+    """Makes the grammars of one model; from any thread. They outlive it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Grammars for the answers of the model of `tokenizer`; costs nothing before the first."""
@@ -119,6 +120,10 @@ class Grammars:
                 while len(self._known) > _KNOWN:
                     del self._known[next(iter(self._known))]
         return grammar
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the process that checks grammars; another grammar would start it again."""
+        self._checker.close()
 
     @cached_property
     def _library_tokenizer(self) -> "LLTokenizer":

@@ -30,13 +30,15 @@ class ThinkTags:
         openings: the ways in which a model opens a thought, as tokens.
         close: the tokens that end one.
         pieces: the bytes of each token where the closing tag is ordinary text, else none.
-        clean: a mask of the tokens that do not both end the tag and begin the answer.
+        every: a mask of all tokens.
+        clean: a mask of those that do not both end the tag and begin the answer.
     """
 
     vocab_size: int
     openings: tuple[tuple[int, ...], ...]
     close: tuple[int, ...]
     pieces: tuple[bytes, ...]
+    every: U32
     clean: U32
 
     @classmethod
@@ -53,11 +55,11 @@ class ThinkTags:
         added = tokenizer.added.get(CLOSE)
         single = added is not None and close == (added.id,)
         pieces = () if single else tuple(map(tokenizer.token_bytes, range(size)))
-        clean = _bits(
-            size, (t for t, piece in enumerate(pieces) if not _JOINS_ANSWER.search(piece))
-        )
+        every = _bits(size, range(size))
+        joining = (token for token, piece in enumerate(pieces) if _JOINS_ANSWER.search(piece))
+        clean = every & ~_bits(size, joining)
         line_break = tuple(tokenizer.encode("\n"))
-        return cls(size, (opening, line_break + opening), close, pieces, clean)
+        return cls(size, (opening, line_break + opening), close, pieces, every, clean)
 
 
 class AfterThought:
@@ -186,15 +188,13 @@ class AfterThought:
     def _thought_mask(self) -> U32 | None:
         if self._grammar is None:
             return None
-        mask: U32 | None = None
-        if any(self._tail.endswith(_CLOSE[:size]) for size in range(1, len(_CLOSE))):
-            mask = self._tags.clean.copy()
+        begun = any(self._tail.endswith(_CLOSE[:size]) for size in range(1, len(_CLOSE)))
         # A reply's reader takes it for a call, wherever it comes.
-        call = self._call
-        if call is not None and self._answer is not None and not self._answer.allows(call):
-            if mask is None:
-                mask = np.full(-(-self._tags.vocab_size // 32), 0xFFFFFFFF, np.uint32)
-            mask[call >> 5] &= ~np.uint32(1 << (call & 31))
+        call, answer = self._call, self._answer
+        if call is None or answer is None or answer.allows(call):
+            return self._tags.clean if begun else None
+        mask = (self._tags.clean if begun else self._tags.every).copy()
+        mask[call >> 5] &= ~np.uint32(1 << (call & 31))
         return mask
 
 
