@@ -133,7 +133,7 @@ class Chat:
         ]
 
     def _logprob(self, token: int, logprob: float) -> Json:
-        data = self.tokenizer.bytes_of(token)
+        data = self.tokenizer.token_bytes(token)
         return {
             "token": data.decode("utf-8", "replace"),
             "logprob": max(logprob, -9999.0),

@@ -150,7 +150,7 @@ class Completion:
         }
 
     def _text(self, token: int) -> str:
-        return self.tokenizer.bytes_of(token).decode("utf-8", "replace")
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     def _usage(self) -> Json:
         prompt = sum(len(text.tokens) for text in self.texts)

@@ -215,13 +215,8 @@ class Tokenizer:
         """One printable piece for each id: `hello`, `<|user|>`, `\\n`, `\\xe4`; '' if unknown."""
         return [self._texts.get(token) or _printable(self._bytes(token, False)) for token in ids]
 
-<<<<<<< HEAD
-    def bytes_of(self, token: int) -> bytes:
-        """What a token adds to a text; a special one its name."""
-=======
     def token_bytes(self, token: int) -> bytes:
         """What `token` adds to a text after another one, special or not; nothing if unknown."""
->>>>>>> grammar
         return self._bytes(token, False)
 
     def _piece(self, token: int, first: bool) -> bytes | None:
