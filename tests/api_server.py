@@ -125,6 +125,7 @@ def serving(
         def main() -> None:
             asyncio.run(run())
             engines[0].close()
+            service.close()
 
         server.install_signal_handlers = lambda: None
         thread = threading.Thread(target=main, name="server")

@@ -87,7 +87,7 @@ async def _chat(request: Request) -> Response:
     service.ready()
     with ExitStack() as stack:
         stack.enter_context(service.admitted(body.n or 1, _key(request)))
-        started = chat.begin(service, body, _key(request))
+        started = await _unless_gone(request, chat.begin(service, body, _key(request)))
         if body.stream:
             return EventStream(started.chunks(), stack.pop_all())
         return _json(await _unless_gone(request, started.whole()))

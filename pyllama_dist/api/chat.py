@@ -7,6 +7,7 @@ from typing import Any
 
 from pyllama_dist.api.answer import Answer, Ended, Item, Piece, Ping, Progress, requests_of
 from pyllama_dist.api.errors import bad_request
+from pyllama_dist.api.guides import constraint_of
 from pyllama_dist.api.prompts import prompt_of, stop_strings
 from pyllama_dist.api.requests import ChatRequest
 from pyllama_dist.api.service import Service, new_id
@@ -188,7 +189,7 @@ def _deltas(events: Sequence[Event]) -> list[Json]:
     return found
 
 
-def begin(service: Service, body: ChatRequest, key: str) -> Chat:
+async def begin(service: Service, body: ChatRequest, key: str) -> Chat:
     """Begins to answer a conversation.
 
     Raises:
@@ -200,7 +201,16 @@ def begin(service: Service, body: ChatRequest, key: str) -> Chat:
     prompt = prompt_of(service, body)
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = requests_of(service, body, prompt.tokens, most, top_logprobs=logprobs, key=key)
+    constrain = await constraint_of(service, body, prompt)
+    requests = requests_of(
+        service,
+        body,
+        prompt.tokens,
+        most,
+        top_logprobs=logprobs,
+        key=key,
+        constrain=constrain,
+    )
     stops = stop_strings(body.stop)
     answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
     created = int(time.time())

@@ -26,11 +26,13 @@ class Prompt:
 
     tokens: Sequence[int]
     rendered: Rendered | None
-    tools: Sequence[Mapping[str, Any]]  # those that the model may call
+    tools: Sequence[Mapping[str, Any]]  # that the model reads of
+    may_call: bool = True  # whether what looks like a call is one
 
     def parser(self, parts: ModelParts, stops: Sequence[str]) -> ReplyParser:
         """What turns the tokens of a reply into events; one for each choice."""
-        tool_format = parts.template.tool_format if parts.template and self.tools else None
+        calls = self.may_call and self.tools and parts.template
+        tool_format = parts.template.tool_format if parts.template and calls else None
         return ReplyParser(self.rendered, parts.tokenizer.added, tool_format, self.tools, stops)
 
 
@@ -60,7 +62,8 @@ def prompt_of(service: Service, body: ChatRequest) -> Prompt:
     }
     try:
         rendered = parts.template.render(messages, tools=tools or None, variables=variables)
-        return Prompt(parts.tokenizer.encode_template(rendered), rendered, tools)
+        tokens = parts.tokenizer.encode_template(rendered)
+        return Prompt(tokens, rendered, tools, body.tool_choice != "none")
     except PyllamaError as error:
         failed = of_engine(error)
         failed.param = "messages"

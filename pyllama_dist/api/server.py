@@ -77,6 +77,7 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         asyncio.run(_run(_Server(config, service), [listener], model))
     finally:
         model.end()
+        service.close()
         listener.close()
     if model.error is not None:
         raise model.error

@@ -18,6 +18,7 @@ from pyllama_dist.engine.sequence import Request
 from pyllama_dist.engine.stream import Stream
 from pyllama_dist.errors import PyllamaError
 from pyllama_dist.net.messages import Usage
+from pyllama_dist.text.grammar.grammars import Grammars
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Service:
     parts: ModelParts | None = None
     engine: Engine | None = None
     bridge: Bridge | None = None
+    grammars: Grammars = field(init=False)
     failure: ApiError | None = None
     node_names: Sequence[str] = ("the root",)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -65,6 +67,7 @@ class Service:
         self, parts: ModelParts, engine: Engine, bridge: Bridge, nodes: Sequence[str]
     ) -> None:
         """From now on it serves."""
+        self.grammars = Grammars(parts.tokenizer)
         self.parts, self.engine, self.bridge, self.node_names = parts, engine, bridge, nodes
         log.info("%s is ready on %d nodes", self.names[0], len(nodes))
 
@@ -73,6 +76,11 @@ class Service:
         self.failure = self.failure or why
         if self.bridge is not None:
             self.bridge.after_step(0, 0.0)
+
+    def close(self) -> None:
+        """Ends what was started besides the engine."""
+        if self.parts is not None:
+            self.grammars.close()
 
     def ready(self) -> tuple[ModelParts, Engine, Bridge]:
         """What serves.

@@ -11,7 +11,7 @@ from pyllama_dist.text.named_tokens import NAMES
 from pyllama_dist.text.special import Breaker, Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN
 from pyllama_dist.text.tokenizer import Tokenizer
-from pyllama_dist.text.tools.detect import calls_are_messages, format_of
+from pyllama_dist.text.tools.detect import calls_are_messages, format_of, grammar_format_of
 
 if TYPE_CHECKING:
     from pyllama_dist.text.sandbox import SandboxedTemplate
@@ -26,12 +26,14 @@ class ChatTemplate:
     Attributes:
         reads: names of the variables that the template reads.
         tool_format: how the model writes tool calls; None if the template does not tell.
+        grammar_format: what grammars call that format; None if they do not know it.
     """
 
     def __init__(self, template: "SandboxedTemplate", tokenizer: Tokenizer) -> None:
         """`template` writes prompts for `tokenizer`."""
         self.reads = template.reads
         self.tool_format = format_of(template.source)
+        self.grammar_format = grammar_format_of(template.source)
         self._calls_as_messages = calls_are_messages(template.source)
         self._template = template
         # A name without a token is an empty text: Llama 3's templates add `bos_token` to others.

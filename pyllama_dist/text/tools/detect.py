@@ -30,6 +30,20 @@ def format_of(template_source: str) -> ToolFormat | None:
     return GlmBareFormat() if _BARE.search(template_source) else None
 
 
+def grammar_format_of(template_source: str) -> str | None:
+    """What `text.grammar.calls` calls the format that a template teaches; None if it has none."""
+    match format_of(template_source):
+        case GlmTagFormat():
+            # GLM-4.5 and 4.6 break the line before each tag, in the template's text or in its code.
+            lines = "\n<arg_key>" in template_source or "\\n<arg_key>" in template_source
+            return "glm45" if lines else "glm47"
+        case HermesFormat():
+            return "hermes"
+        case GlmBareFormat():
+            return "glm0414"
+    return None
+
+
 def calls_are_messages(template_source: str) -> bool:
     """Whether a template knows no `tool_calls` but a message with `metadata` for each call.
 
