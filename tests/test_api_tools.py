@@ -119,7 +119,8 @@ def test_t15_a_call_and_its_result_are_in_the_next_prompt(server, client):
 )
 def test_t16_a_call_that_is_required_comes(choice, name):
     """Of random logits: only the grammar makes sense of them."""
-    days = {"type": "object", "properties": {"days": {"type": "integer"}}, "required": ["days"]}
+    days = {"type": "object", "properties": {"days": {"enum": [1, 2, 3]}}, "required": ["days"]}
+    days["additionalProperties"] = False
     weather = {"type": "function", "function": {"name": "get_weather", "parameters": days}}
     asked = ASK | {"tools": [weather, OTHER], "tool_choice": choice, "temperature": 1, "seed": 1}
     asked |= {"thinking_budget": 3}
