@@ -69,7 +69,8 @@ class Choice:
     calls: int = 0
     cut_call: bool = False
     _thinking: bool = False
-    _undecided: list[TokenLogprobs] = field(default_factory=list)
+    _undecided: list[tuple[TokenLogprobs, str]] = field(default_factory=list)  # with their texts
+    _begun: bool = False  # content has come
     _read: int = 0  # logprobs of the stream
 
     def push(self, tokens: Sequence[int]) -> Piece:
@@ -79,8 +80,9 @@ class Choice:
         for token in tokens:
             if self.parser.stop is not None:
                 break
-            found = self.parser.push(token, self.text.push(token))
-            self._note(found, logprobs)
+            text = self.text.push(token)
+            found = self.parser.push(token, text)
+            self._note(found, logprobs, text)
             self.reasoning_tokens += self._thinking
             events += found
         return Piece(self.index, events, logprobs)
@@ -90,7 +92,7 @@ class Choice:
         cut = self.stream.finish_reason != "stop"
         events = list(self.parser.finish(self.text.flush(), cut=cut))
         logprobs: list[TokenLogprobs] = []
-        self._note(events, logprobs, token=False)
+        self._note(events, logprobs, None)
         if self.parser.stop is None and self.cut_call:
             self.reason = "length"
         elif self.calls:
@@ -102,16 +104,21 @@ class Choice:
         return Piece(self.index, events, logprobs)
 
     def _note(
-        self, events: Sequence[Event], logprobs: list[TokenLogprobs], token: bool = True
+        self, events: Sequence[Event], logprobs: list[TokenLogprobs], text: str | None
     ) -> None:
-        if token and self._read < len(self.stream.logprobs):
-            self._undecided.append(self.stream.logprobs[self._read])
+        """Finds out which tokens are of the content; `text` is the latest one's, if there is one."""
+        if text is not None and self._read < len(self.stream.logprobs):
+            self._undecided.append((self.stream.logprobs[self._read], text))
             self._read += 1
         for event in events:
             match event:
                 case Content():
                     self._thinking = False
-                    logprobs += self._undecided
+                    # Blank tokens before the first word are no part of it.
+                    for one, own in self._undecided:
+                        self._begun = self._begun or not own.isspace()
+                        if self._begun:
+                            logprobs.append(one)
                     self._undecided = []
                 case CallEnd(complete=complete):
                     self.calls += complete
