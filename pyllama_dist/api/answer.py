@@ -106,7 +106,7 @@ class Choice:
     def _note(
         self, events: Sequence[Event], logprobs: list[TokenLogprobs], text: str | None
     ) -> None:
-        """Finds out which tokens are of the content; `text` is the latest one's, if there is one."""
+        """Finds out which tokens are of the content; `text` is that of a new one."""
         if text is not None and self._read < len(self.stream.logprobs):
             self._undecided.append((self.stream.logprobs[self._read], text))
             self._read += 1
