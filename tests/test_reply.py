@@ -84,6 +84,13 @@ def test_s2_stop_strings_are_of_the_answer_alone(tagged: bool) -> None:
         assert parser.stop == " it"
 
 
+def test_s2_a_call_ends_the_wait_for_a_longer_stop_string() -> None:
+    for pieces in splits(f"xab{CALL}", True):
+        _, events, parser = parsed(pieces, GLM, stops=["ab", "abc"])
+        assert events == [Content("x")]
+        assert parser.stop == "ab"
+
+
 def test_s2_a_stop_string_before_a_second_call() -> None:
     for pieces in splits(f"{CALL} and x so {CALL}", True):
         _, events, parser = parsed(pieces, GLM, stops=["x"])

@@ -202,6 +202,7 @@ CASES = {
     "bare, unknown": Case(BARE, 'other\n{"a": 1}', [], 'other\n{"a": 1}'),
     "bare, in text": Case(BARE, f"\nCall {BARE_BERLIN}", [], f"Call {BARE_BERLIN}"),
     "bare, only a name": Case(BARE, "get_time\nis a tool", [], "get_time\nis a tool"),
+    "bare, shorter name": Case(BARE, "get_\n{}", [], "get_\n{}"),
     "bare, longer name": Case(BARE, "get_times\n{}", [], "get_times\n{}"),
     "bare, cut": Case(
         BARE, 'get_weather\n{"city": "B', [("get_weather", '{"city": "B')], complete=False, cut=True
@@ -548,7 +549,7 @@ HERMES_PROMPT = (
         ("<tool_call>{n}\n<arg_key>{k}</arg_key>", GlmTagFormat),
         (HERMES_PROMPT, HermesFormat),
         ('<tool_call>{"name": n, "arguments": a}</tool_call>', HermesFormat),
-        ("<tool_call>\n<function=f>\n<parameter=k>", type(None)),
+        ('<tool_call>\n<function=f>\n{{ m["arguments"] }}: {"arguments": 1}', type(None)),
         ('Respond in the format {"name": function name, "parameters": dictionary', LlamaFormat),
         ("'<|python_tag|>' + x", LlamaFormat),
         ('{{ m.get("metadata", "") }}', GlmBareFormat),
@@ -784,6 +785,7 @@ def test_t15_arguments_that_are_no_object(tokenizer: Tokenizer, tmp_path: Path) 
         ({"role": "developer", "content": "S"}, "system:S:"),
         ({"role": "system", "content": [{"type": "text", "text": "S"}]}, "system:S:"),
         ({"role": "assistant", "content": None}, "assistant::"),
+        ({"role": "assistant", "tool_calls": []}, "assistant::"),
         ({"role": "assistant", "content": "a", "reasoning": "r"}, "assistant:a:r"),
         ({"role": "assistant", "content": "a", "reasoning_content": "r"}, "assistant:a:r"),
         (
@@ -805,6 +807,6 @@ def test_messages(
     message: dict[str, object], shown: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     source = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}:{{ m.reasoning_content }}{% endfor %}"
+        "{% set m = messages[0] %}{{ m.role }}:{{ m.content.strip() }}:{{ m.reasoning_content }}"
     )
     assert template_of(source, tokenizer, tmp_path).render([message]).text == shown

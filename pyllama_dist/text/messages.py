@@ -42,7 +42,8 @@ def _plain(message: Message) -> dict[str, Any]:
     """A message with one text as content, and names of fields and roles that templates know."""
     changed = dict(message)
     match message.get("content"):
-        case None if "content" in message:  # beside tool calls; templates would write "None"
+        case None if "content" in message or message.get("role") in ("assistant", "tool"):
+            # Beside tool calls; templates would write "None", or look into it.
             changed["content"] = ""
         case [*parts] if all(isinstance(part, Mapping) for part in parts):
             texts = [part.get(_TEXT_PARTS.get(str(part.get("type")))) for part in parts]

@@ -205,7 +205,7 @@ class ReplyParser:
                 return call
         tags = self._openers
         if self._prompt is not None and self._incoming.is_token(CLOSE):
-            tags += (CLOSE,)  # nobody means the token
+            tags += (CLOSE,)  # no text about it: that would be letters
         while True:
             text, tag = self._incoming.until(*tags)
             yield from self._content(self._stops.push(text))
