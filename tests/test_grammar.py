@@ -338,6 +338,7 @@ BOMBS = {
         "allOf": [{"type": "string", "pattern": f".*a{{{i}}}.{{{20 + i}}}"} for i in range(40)]
     },
     "properties": {"type": "object", "properties": {f"p{i}": {} for i in range(5000)}},
+    "many properties": {"type": "object", "properties": {f"p{i}": {} for i in range(1200)}},
     "alternatives": {
         "allOf": [
             {"anyOf": [{"type": "object", "properties": {f"a{i}": {"const": i}}} for i in range(9)]}

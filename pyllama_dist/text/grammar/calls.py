@@ -101,7 +101,7 @@ def calls_source(
     opening, closing = _needed(tag, CALL), _needed(tag, "</tool_call>")
     gap = "" if format_name == "glm47" else '"\\n" '
     more = f" ({gap}call)*" if parallel else ""
-    lead = f"({gap.strip()})? " if gap else ""
+    lead = '("\\n" | "\\n\\n")? ' if gap else ""  # what models write after a thought
     start = f"{lead}call{more}" if required else f"TEXT? (call{more})?"
     rules = []
     for i, tool in enumerate(tools):

@@ -26,7 +26,7 @@ def checked_schema(schema: object, where: str) -> Json:
     """
     if not isinstance(schema, dict):
         raise UsageError(f"{where} is no JSON object; give a JSON schema")
-    _check_shape(schema, where)
+    _check_depth(schema, where)
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -41,14 +41,10 @@ def checked_schema(schema: object, where: str) -> Json:
     return copy
 
 
-def _check_shape(schema: Json, where: str) -> None:
-    """Refuses what would take long to write, or too many calls to walk."""
+def _check_depth(schema: Json, where: str) -> None:
+    """Refuses what is nested too deeply for the recursive functions that walk it later."""
     level: list[Json | list[object]] = [schema]
-    items = 0
     for _ in range(DEPTH_LIMIT):
-        items += sum(map(len, level))
-        if 2 * items > SIZE_LIMIT:  # each takes a separator and a character at least
-            raise UsageError(f"{where} has more than {SIZE_LIMIT:,} bytes; make it smaller")
         level = [
             inner
             for value in level
