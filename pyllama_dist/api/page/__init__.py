@@ -1,7 +1,7 @@
 """The chat page: static files, without a build step and without a server.
 
-`index.html` belongs at `/`, all files at `/page/<name>`; every answer needs `HEADERS`, without which
-text of the model could become markup that runs.
+`index.html` belongs at `/`, all files at `/page/<name>`. Every answer needs `HEADERS`: they forbid
+scripts that are not the page's own, should text of the model ever become markup.
 """
 
 from collections.abc import Mapping

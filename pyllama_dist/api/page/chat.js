@@ -166,10 +166,20 @@ function focusInput() {
 }
 
 /** Changes the log; shows its end afterwards only if its end was seen before. */
-function keepingEnd(change) {
-  const followed = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END_PX;
+function keepingEnd(change, height = log.clientHeight) {
+  const followed = log.scrollHeight - log.scrollTop - height < NEAR_END_PX;
   change();
   if (followed) log.scrollTop = log.scrollHeight;
+}
+
+/** Keeps the end in sight when the log becomes lower, as when the nodes take more room. */
+function followSize() {
+  let height = log.clientHeight;
+  const observer = new ResizeObserver(() => {
+    keepingEnd(() => {}, height);
+    height = log.clientHeight;
+  });
+  observer.observe(log);
 }
 
 function showContext() {
@@ -265,6 +275,7 @@ find("stop").addEventListener("click", stop);
 find("new-chat").addEventListener("click", newChat);
 find("export").addEventListener("click", exportConversation);
 
+followSize();
 focusInput();
 readModel();
 new NodesView(find("nodes"), server).run();
