@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,14 @@ def test_the_second_question_carries_the_first_answer(chat: Page, script: Script
     ]
 
 
-def test_pieces_of_one_byte_and_comments_give_the_same_text(chat: Page, script: Script) -> None:
+def test_cuts_anywhere_and_comments_give_the_same_text(chat: Page, script: Script) -> None:
     text = "Füße 漢字 🙂 \u2028 data: end"
     whole = b": ping\n\n".join(answer(*text)).replace(b"\n\n", b"\r\n\r\n", 3)
-    script.completions = [[whole[i : i + 1] for i in range(len(whole))]]
+    # Within each character of several bytes, and within each empty line.
+    cuts = [i for i, byte in enumerate(whole) if 0x80 <= byte < 0xC0 or whole[i - 1] == 0x0D]
+    ends = [0, *cuts, len(whole)]
+    script.completions = [[whole[i:j] for i, j in pairwise(ends)]]
+    script.pause = 0.02
     chat.ask("Hi")
     assert chat.run("return document.querySelector('.markdown').textContent") == text
 

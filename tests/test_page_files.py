@@ -1,4 +1,4 @@
-"""The chat page's files: complete, without what its policy forbids, and unchanged where vendored."""
+"""The chat page's files: complete, within their policy, and unchanged where vendored."""
 
 import hashlib
 import re
@@ -34,6 +34,15 @@ def test_no_file_needs_what_the_policy_forbids() -> None:
         assert not re.search(
             rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", content
         ), name
+
+
+def test_the_policy_lets_in_what_comes_from_this_server_only() -> None:
+    assert page.HEADERS["Content-Security-Policy"] == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    assert page.HEADERS["X-Content-Type-Options"] == "nosniff"
+    assert page.HEADERS["Referrer-Policy"] == "no-referrer"
 
 
 @pytest.mark.parametrize("directory", VENDORED, ids=["page", "tests"])
