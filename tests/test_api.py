@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
+from pyllama_dist.api import page
 from pyllama_dist.api.errors import unavailable
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
@@ -400,6 +403,31 @@ def test_the_description_names_every_body(client):
     found = client.get("/openapi.json").json()
     schema = found["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["$ref"].removeprefix("#/components/schemas/") in found["components"]["schemas"]
+
+
+def test_the_dashboard_reads_what_is_there(client):
+    client.post(CHAT, json=HELLO)
+    dashboard = Path(page.__file__).parents[1] / "deploy" / "grafana.json"
+    panels = json.loads(dashboard.read_text())["panels"]
+    text = client.get("/metrics").text
+    there = set(re.findall(r"^([a-z_:]+)\{", text, re.M))
+    asked = {
+        name
+        for panel in panels
+        for target in panel["targets"]
+        for name in re.findall(r"[a-z_:]+(?=\{model_name|\[5m\])", target["expr"])
+    }
+    assert len(asked) > 15
+    assert asked <= there
+
+
+def test_the_page_runs_nothing_but_its_own(client):
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for name in re.findall(r'(?:href|src)="(page/[^"]+)"', answer.text):
+        assert client.get("/" + name).status_code == 200
+    error(client.get("/page/..%2f__init__.py"), 404)
 
 
 # Who leaves
