@@ -649,7 +649,7 @@ RICH = """## Plan
 
 A paragraph with **strong**, *emphasis*, `code` and [a link](https://example.com).
 
-| name | value of a rather long column that needs much space |
+| name | a_column_of_one_word_that_is_wider_than_the_window |
 |---|---|
 | alpha | 1 |
 

@@ -71,8 +71,6 @@ export class Server {
       if (response.status === 401 && mayAsk && !asked) {
         asked = true;
         if ((await this.#newKey()) !== null) continue;
-      } else if (response.status === 401 && mayAsk) {
-        this.#key = null;
       } else if (error.loading && onWait) {
         const seconds = waitOf(response);
         onWait(error.message, seconds);
