@@ -1,6 +1,6 @@
 """A conversation: messages to tokens, tokens to an engine, tokens back to text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from pyllama_dist.formats.dllama.model_file import ModelFile
 from pyllama_dist.model_dir import ModelPaths
 from pyllama_dist.models import ARCHITECTURES
 from pyllama_dist.text.chat_template import ChatTemplate
+from pyllama_dist.text.events import Event
+from pyllama_dist.text.reply import Reply, ReplyParser
 from pyllama_dist.text.special import Rendered
-from pyllama_dist.text.thinking import CLOSE, OPEN, Piece, Reply
 from pyllama_dist.text.tokenizer import Tokenizer
 
 Message = dict[str, object]  # role and content
@@ -87,7 +88,7 @@ def _defaults(config: Mapping[str, object]) -> dict[str, float]:
 
 
 class Answer:
-    """One answer as it comes: iterate for pieces of text; afterwards look at the rest.
+    """One answer as it comes: iterate for its events; afterwards look at the rest.
 
     Attributes:
         prompt: ids of what the model read.
@@ -106,25 +107,25 @@ class Answer:
         """`rendered` is the conversation that became `prompt`; None without a template."""
         self.prompt, self.generation = prompt, generation
         self.tokens: list[int] = []
-        self.reply = Reply(rendered)
+        self.reply = Reply()
         self._stream = parts.tokenizer.stream()
-        # Some checkpoints call the tags special, and special tokens are decoded to nothing.
-        added = parts.tokenizer.added.values()
-        self._tags = {
-            token.id: token.text for token in added if token.special and token.text in (OPEN, CLOSE)
-        }
+        self._parser = ReplyParser(rendered, parts.tokenizer.added)
 
     @property
     def text(self) -> str:
         """The answer so far, without reasoning."""
-        return self.reply.answer
+        return self.reply.content
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Event]:
         for token in self.generation:
             self.tokens.append(token)
-            yield from self.reply.push(self._stream.push(token) or self._tags.get(token, ""))
-        yield from self.reply.push(self._stream.flush())
-        yield from self.reply.flush()
+            yield from self._gathered(self._parser.push(token, self._stream.push(token)))
+        yield from self._gathered(self._parser.finish(self._stream.flush()))
+
+    def _gathered(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            self.reply.add(event)
+            yield event
 
 
 class Conversation:

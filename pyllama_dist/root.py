@@ -11,6 +11,7 @@ from pyllama_dist.cores import kept_to
 from pyllama_dist.errors import ProtocolError
 from pyllama_dist.executor.memory import own_blocks
 from pyllama_dist.net.messages import AskUsage, Phase, Step, Usage
+from pyllama_dist.net.transport import ROOT
 from pyllama_dist.node import Node
 from pyllama_dist.program import Batch
 from pyllama_dist.validate import check_batch
@@ -45,6 +46,11 @@ class Root(Closing):
         if program.n_nodes > 1:
             vocab = sum(part.shape[1] for part in self._slices)
             self._logits = np.empty((program.max_logits, vocab), np.float32)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the nodes are called in messages, in their order."""
+        return (ROOT, *(channel.address for channel in self._workers.channels))
 
     @property
     def vocab_size(self) -> int:

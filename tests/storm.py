@@ -48,7 +48,7 @@ ROOM = 15.0  # for a machine that others use too: later than with it is wrong, b
 PROMPT = "What is tensor parallelism?"
 ASK = ["root", "--prompt", PROMPT, "--temperature", "0", "--nthreads", "1"]
 SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL", "SIGSTOP")
-CODES = {"SIGINT": {130}, "SIGTERM": {143}, "SIGKILL": {-9}, "SIGSTOP": {-9}}
+CODES = {"SIGINT": {130, -2}, "SIGTERM": {143, -15}, "SIGKILL": {-9}, "SIGSTOP": {-9}}
 
 
 @dataclass(frozen=True)

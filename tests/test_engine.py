@@ -13,8 +13,10 @@ from pyllama_dist.engine.engine import Engine
 from pyllama_dist.engine.sampler import Sampler, Sampling
 from pyllama_dist.engine.sequence import Request
 from pyllama_dist.errors import NodeError, ProtocolError, UsageError
+from pyllama_dist.executor.memory import block_bytes, planned_bytes
 from pyllama_dist.program import Batch
 from pyllama_dist.simulate import simulated_root
+from pyllama_kernels.pages import KV_BLOCK
 from tests.fake_root import FakeRoot
 
 PROMPT = (5, 9, 2, 10, 0, 9, 7, 31, 8, 8)
@@ -347,3 +349,50 @@ def test_what_an_answer_has_cost_leaves_out_those_before(real):
         after = real.node.spent.compute_seconds
         assert second.timings.spent.compute_seconds == pytest.approx(after - before)
         assert 0 < second.timings.spent.compute_seconds < after
+
+
+@pytest.mark.slow
+def test_the_cache_of_nodes_holds_what_conversations_have_and_no_more(tiny):
+    """Eight of 500 tokens and one of 8,000 at once: not nine times 8,192 positions."""
+    model = tiny(max_seq_len=8192)
+    limits = {"max_rows": 256, "max_logits": 9, "n_seqs": 9, "n_blocks": 120, "seq_len": 8192}
+    programs = model.programs(2, **limits)
+    whole = model.programs(2, **limits | {"n_blocks": 9 * 8192 // KV_BLOCK})
+    for some, all_ in zip(programs, whole, strict=True):
+        spared = planned_bytes(all_) - planned_bytes(some)
+        assert spared == (9 * 8192 // KV_BLOCK - 120) * block_bytes(some)
+    found = []
+    with simulated_root(model, programs) as root, Engine(root) as engine:
+
+        def counting(row):
+            running = engine._scheduler.running
+            held = sum(one.chain.length for one in running)
+            found.append((len(running), held, round(120 * engine.load.kv_used) * KV_BLOCK))
+            return int(row.argmax())
+
+        long = engine.submit(request([1] * 7700, counting, max_tokens=300))
+        next(long)
+        shorts = engine.submit_all(
+            [request([2 + number, *([7] * 399)], counting, max_tokens=100) for number in range(8)]
+        )
+        assert [len(list(stream)) for stream in shorts] == [100] * 8
+        assert len(list(long)) == 299
+    all_at_once = [(held, taken) for running, held, taken in found if running == 9]
+    held, taken = max(all_at_once)
+    assert 11_000 <= held <= taken <= 1.05 * held
+
+
+@pytest.mark.slow
+def test_nodes_compute_a_shared_beginning_once(tiny):
+    model = tiny(max_seq_len=2048)
+    limits = {"max_rows": 256, "max_logits": 8, "n_seqs": 8, "seq_len": 2048, "n_blocks": 40}
+    system = [i * 7 % 101 for i in range(1000)]
+    with simulated_root(model, model.programs(2, **limits)) as root:
+        with Engine(root) as engine:
+            prompts = [[*system, number, number] for number in range(8)]
+            streams = engine.submit_all([request(p, max_tokens=4) for p in prompts])
+            found = [list(stream) for stream in streams]
+            computed = sum(stream.timings.computed_tokens for stream in streams)
+            assert computed <= 1000 + 8 * (2 + 3) + KV_BLOCK
+        with Engine(root) as engine:
+            assert list(engine.submit(request(prompts[5], max_tokens=4))) == found[5]

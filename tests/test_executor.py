@@ -442,6 +442,18 @@ def test_segments_without_ops_do_not_confuse_the_team(n_threads):
             np.testing.assert_array_equal(total, np.full((5, 1), 40))
 
 
+def test_an_op_is_over_also_if_the_command_ends_with_its_number():
+    """So it is where a segment without ops follows a sum: a thread was seen waiting for ever."""
+    state = team.new_state(2)
+    team.open_op(state, 7, 0, 0, 2)
+    waiting = threading.Thread(target=team.wait_for_next, args=(state, 0, 7, 0), daemon=True)
+    waiting.start()
+    waiting.join(10)
+    over = not waiting.is_alive()
+    team.open_op(state, 8, 0, 0, 2)  # ends it in any case
+    assert over
+
+
 def test_the_ticket_of_the_first_range_is_written_last(monkeypatch):
     written = []
     monkeypatch.setattr(team, "atomic_store", lambda state, word, value: written.append(word))

@@ -187,6 +187,40 @@ def test_prompts_are_read_in_the_order_of_their_arrival():
     assert order[1] == [0, 1]
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    root = FakeRoot(n_blocks=500, seq_len=1000, max_rows=64, max_logits=4)
+    scheduler = scheduler_of(root)
+    scheduler.add(sequence(0, range(900)))
+    run(root, scheduler)
+    scheduler.add(sequence(1, [1] * 500))
+    scheduler.add(sequence(2, [2] * 20))
+    assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(0, 64)]
+    scheduler.end(scheduler.waiting[0])  # nobody overtakes one who waits
+    assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(0, 32), (2, 20)]
+
+
+def test_groups_take_turns_to_start():
+    root = FakeRoot(n_seqs=2, n_blocks=100, seq_len=100, max_rows=32, max_logits=4)
+    scheduler = scheduler_of(root)
+    for number, group in enumerate(["a", "a", "a", "b"]):
+        scheduler.add(sequence(number, [number] * 4, 30, group=group))
+    run(root, scheduler)
+    assert [one.number for one in scheduler.running] == [0, 3]
+    scheduler.end(scheduler.running[1])
+    run(root, scheduler)
+    assert [one.number for one in scheduler.running] == [0, 1]
+
+
+def test_c7_a_salt_hides_what_is_cached():
+    root = FakeRoot(n_blocks=100, block_size=4, seq_len=100, max_rows=32, max_logits=4)
+    scheduler = scheduler_of(root)
+    found = []
+    for number, salt in enumerate(["one", "other", "one", ""]):
+        scheduler.add(sequence(number, range(20), 1, salt=salt))
+        found.append(run(root, scheduler).rows[0][0].timings.cached_tokens)
+    assert found == [0, 0, 19, 0]
+
+
 def test_without_blocks_the_newest_is_preempted_and_computed_again():
     root = FakeRoot(n_seqs=3, n_blocks=6, block_size=4, seq_len=24, max_rows=8, max_logits=3)
     scheduler = scheduler_of(root)

@@ -15,8 +15,9 @@ from pyllama_dist.cli import talk
 from pyllama_dist.conversation import Answer, Conversation
 from pyllama_dist.engine.sampler import Sampling
 from pyllama_dist.errors import UsageError
+from pyllama_dist.text.events import Content, Reasoning
+from pyllama_dist.text.reply import Reply, ReplyParser
 from pyllama_dist.text.special import MARK, Rendered
-from pyllama_dist.text.thinking import Piece, Reply
 
 CLOSED = Rendered("<|user|>\nhi<|assistant|>")  # GLM-4.5: the model opens
 OPENED = Rendered("<|user|>hi<|assistant|><think>")  # GLM-4.7, GLM-Z1
@@ -27,15 +28,16 @@ texts = st.lists(
 
 
 def parts(prompt: Rendered | None, pieces: Iterable[str]) -> tuple[str, str]:
-    """Reasoning and answer; what the pieces say must be what the reply says."""
-    reply = Reply(prompt)
-    given_out = [out for piece in pieces for out in reply.push(piece)] + reply.flush()
-    assert "".join(out.text for out in given_out if out.thought) == reply.reasoning
-    assert "".join(out.text for out in given_out if not out.thought) == reply.answer
-    assert all(out.text for out in given_out)
-    order = [out.thought for out in given_out]
+    """Reasoning and answer of a text that comes in pieces: first the one, then the other."""
+    parser = ReplyParser(prompt, {})
+    events = [event for piece in pieces for event in parser.push(0, piece)] + parser.finish()
+    assert all(isinstance(event, Reasoning | Content) and event.text for event in events)
+    order = [isinstance(event, Reasoning) for event in events]
     assert order == sorted(order, reverse=True)
-    return reply.reasoning, reply.answer
+    reply = Reply()
+    for event in events:
+        reply.add(event)
+    return reply.reasoning, reply.content
 
 
 def cut_whole(text: str, opened: bool) -> tuple[str, str]:
@@ -44,7 +46,7 @@ def cut_whole(text: str, opened: bool) -> tuple[str, str]:
     if not begun and not opened:
         return "", text
     thought, _, answer = (begun[1] if begun else text).partition("</think>")
-    return thought.strip(), answer
+    return thought.strip(), re.sub(r"\A(\s*</think>)+", "", answer)  # closed once more
 
 
 @pytest.mark.parametrize(
@@ -83,12 +85,12 @@ def test_pieces_do_not_matter(text: str, opened: bool, data: st.DataObject) -> N
 
 
 def test_what_is_certain_comes_at_once() -> None:
-    reply = Reply(OPENED)
-    assert reply.push("so") == [Piece("so", True)]
-    assert reply.push(" it is </") == [Piece(" it is", True)]
-    assert reply.push("b>") == [Piece(" </b>", True)]
-    assert reply.push("</think>\n4") == [Piece("4", False)]
-    assert reply.push("\n <thi") == [Piece("\n <thi", False)]
+    parser = ReplyParser(OPENED, {})
+    assert parser.push(0, "so") == [Reasoning("so")]
+    assert parser.push(0, " it is </") == [Reasoning(" it is")]
+    assert parser.push(0, "b>") == [Reasoning(" </b>")]
+    assert parser.push(0, "</think>\n4") == [Content("4")]
+    assert parser.push(0, "\n <thi") == [Content("\n <thi")]
 
 
 @pytest.mark.parametrize(
@@ -148,12 +150,12 @@ def test_tags_of_any_tokens(
     shown = list(answer)
     assert (answer.reply.reasoning, answer.text) == ("I see", "Hi")
     assert answer.tokens == list(range(len(pieces)))
-    assert "".join(piece.text for piece in shown) == "I seeHi"
+    assert "".join(event.text for event in shown) == "I seeHi"
 
 
 def test_an_answer_gives_what_was_held_back() -> None:
     answer = answer_of(["\n<thi"], CLOSED)
-    assert list(answer) == [Piece("<thi", False)]
+    assert list(answer) == [Content("<thi")]
 
 
 # --- conversations

@@ -97,9 +97,15 @@ def are_last(state: Any, done: int, parts: int) -> bool:
 
 @kernel
 def wait_for_next(state: Any, thread: int, op: int, ahead: int) -> None:
-    """Waits until the op is no longer open; prefetches the weights at address `ahead` meanwhile."""
+    """Waits until the op is no longer open; prefetches the weights at address `ahead` meanwhile.
+
+    A command may end with the number of this op, of which none is then open: no ranges say so.
+    """
     tries = 0
-    while atomic_load(state, _TICKET + _LINE * thread) >> (3 * _BITS) == op:
+    while True:
+        current, ranges, _, _ = _read(atomic_load(state, _TICKET + _LINE * thread))
+        if current != op or ranges == 0:
+            return
         first = _LINES * LINE * tries
         if first < _AHEAD and ahead:
             for line in range(first, first + _LINES * LINE, LINE):

@@ -18,6 +18,7 @@ from pyllama_dist.errors import OutputError, PyllamaError, refused_by_system
 
 _COMMANDS = {
     "root": "Ask a model: one answer, or a chat.",
+    "api": "Serve OpenAI's API to several clients at once.",
     "worker": "Serve a root with this machine's cores and memory.",
     "fetch": "Fetch a checkpoint from Hugging Face.",
     "convert": "Make a model from a Hugging Face checkpoint.",

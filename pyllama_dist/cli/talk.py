@@ -13,7 +13,7 @@ import click
 from pyllama_dist.cli.prompt import messages
 from pyllama_dist.conversation import Answer, Conversation
 from pyllama_dist.errors import UsageError
-from pyllama_dist.text.thinking import Piece
+from pyllama_dist.text.events import Content, Event, Reasoning
 
 _PATIENCE = 2.0  # seconds for a step to end after ^C
 
@@ -65,27 +65,28 @@ def _stream(conversation: Conversation, text: str, steps: int, *, last: bool = F
     return answer
 
 
-def _print(pieces: Iterable[Piece]) -> None:
-    """Prints pieces as they come.
+def _print(events: Iterable[Event]) -> None:
+    """Prints a reply as it comes.
 
     What the model thinks is dimmed on a terminal. Elsewhere it goes to standard error: standard
     output has the answer alone.
     """
     aside = sys.stdout if sys.stdout.isatty() else sys.stderr
     thinking = False
-    for piece in pieces:
-        if piece.thought:
-            thinking = True
-            # Each piece alone, so that an interruption leaves no terminal dimmed.
-            aside.write(click.style(piece.text, dim=True) if aside.isatty() else piece.text)
-            aside.flush()
-            continue
-        if thinking:
-            thinking = False
-            aside.write("\n\n")
-            aside.flush()
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
+    for event in events:
+        match event:
+            case Reasoning(text):
+                thinking = True
+                # Each piece alone, so that an interruption leaves no terminal dimmed.
+                aside.write(click.style(text, dim=True) if aside.isatty() else text)
+                aside.flush()
+            case Content(text):
+                if thinking:
+                    thinking = False
+                    aside.write("\n\n")
+                    aside.flush()
+                sys.stdout.write(text)
+                sys.stdout.flush()
     if thinking and aside is not sys.stdout:
         aside.write("\n")
     sys.stdout.write("\n")

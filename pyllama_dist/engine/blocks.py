@@ -17,6 +17,7 @@ PagedAttention, 2023; the tree: Zheng et al., SGLang, 2023 (RadixAttention).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain as joined
 from itertools import takewhile
 from operator import eq
 
@@ -40,6 +41,7 @@ class Chain:
     blocks: list[Block] = field(default_factory=list)
     length: int = 0  # positions, the planned step included
     told: int = 0  # blocks at its beginning that the nodes' table has
+    salt: str = ""  # chains share blocks only with those of the same salt
 
 
 class BlockPool:
@@ -56,7 +58,7 @@ class BlockPool:
         self.copies: list[tuple[int, int]] = []  # (source, target): before the planned step
         self._free = [Block(number) for number in reversed(range(n_blocks))]
         self._idle: dict[Block, None] = {}  # cached; the least recently used first
-        self._tree = Block(-1)
+        self._trees: dict[str, Block] = {}  # by salt: what is above all first blocks
         self._written: dict[Block, Chain] = {}  # in the planned step, by whom
 
     @property
@@ -68,14 +70,14 @@ class BlockPool:
         """Blocks that a chain still lacks for so many positions, but for a copy on write."""
         return max(0, -(-length // self.size) - len(chain.blocks))
 
-    def match(self, tokens: Sequence[int]) -> Chain:
+    def match(self, tokens: Sequence[int], salt: str = "") -> Chain:
         """A chain of the longest beginning of `tokens` that is cached or being computed.
 
         Whole blocks may be those that the planned step writes: a layer stores the keys and values
         of all rows before it reads any. Part of a block is copied before the step, so it must have
         been computed before.
         """
-        chain, node = Chain(), self._tree
+        chain, node = Chain(salt=salt), self._tree(salt)
         while chain.length % self.size == 0 and chain.length < len(tokens):
             rest = tokens[chain.length : chain.length + self.size]
             best, most = node, 0
@@ -98,7 +100,7 @@ class BlockPool:
         blocks = chain.blocks[: -(-chain.length // self.size)]
         for block in blocks:
             self._reference(block)
-        return Chain(blocks, chain.length)
+        return Chain(blocks, chain.length, salt=chain.salt)
 
     def reserve(self, chain: Chain, length: int) -> bool:
         """Gets what a chain needs to grow to `length`; false, and nothing changed, if it cannot.
@@ -131,7 +133,8 @@ class BlockPool:
             place, used = divmod(chain.length, self.size)
             block, some = chain.blocks[place], tokens[: self.size - used]
             if not used:
-                self._adopt(block, chain.blocks[place - 1] if place else self._tree, [], 0)
+                above = chain.blocks[place - 1] if place else self._tree(chain.salt)
+                self._adopt(block, above, [], 0)
             block.tokens += some
             chain.length += len(some)
             tokens = tokens[len(some) :]
@@ -171,8 +174,14 @@ class BlockPool:
             self._forget(block)
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks of the tree, parents before their children."""
-        return self._below(self._tree)
+        """All blocks of the trees, parents before their children."""
+        return joined.from_iterable(map(self._below, self._trees.values()))
+
+    def _tree(self, salt: str) -> Block:
+        """The tree of a salt; of others, those that hold nothing go."""
+        for other in [name for name, tree in self._trees.items() if not tree.children]:
+            del self._trees[other]
+        return self._trees.setdefault(salt, Block(-1))
 
     def _reference(self, block: Block) -> None:
         block.references += 1

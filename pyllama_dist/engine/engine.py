@@ -1,20 +1,21 @@
 """The engine: one thread that owns the root and serves all who want tokens of it."""
 
-import ctypes
 import itertools
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
 
+from pyllama_dist import interrupt
 from pyllama_dist.closing import Closing
 from pyllama_dist.engine.blocks import BlockPool
+from pyllama_dist.engine.budget import StepBudget
 from pyllama_dist.engine.sampler import F32
 from pyllama_dist.engine.scheduler import Scheduler, Step
 from pyllama_dist.engine.sequence import Finish, Request, Sequence
@@ -24,9 +25,19 @@ from pyllama_dist.node import Spent
 from pyllama_dist.root import Root
 from pyllama_kernels.pages import KV_BLOCK
 
+STEP_SECONDS = 0.25  # of a step in which others decode: longer pauses are seen in an answer
 _END_SECONDS = 0.5  # for a step, before it is interrupted
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much an engine has to do."""
+
+    running: int  # sequences
+    waiting: int
+    kv_used: float  # share of the blocks of the KV cache that sequences hold
 
 
 class Engine(Closing):
@@ -36,21 +47,34 @@ class Engine(Closing):
     called from any thread.
     """
 
-    def __init__(self, root: Root, block_size: int = KV_BLOCK) -> None:
+    def __init__(
+        self,
+        root: Root,
+        block_size: int = KV_BLOCK,
+        *,
+        parallel: int | None = None,
+        step_seconds: float = STEP_SECONDS,
+        after_step: Callable[[int, float], None] = lambda rows, seconds: None,
+    ) -> None:
         """Starts the thread.
 
         Args:
             root: ready for steps.
             block_size: positions of a block of the KV cache.
+            parallel: sequences that run at once; None: as many as the program has room for.
+            step_seconds: that a step should take at most while answers come and prompts are read.
+            after_step: called by the thread when streams may have got something, with the rows and
+                seconds of the step; without rows where there was none.
         """
         self.root, program = root, root.node.program
         self.seq_len = min(program.seq_len, program.n_blocks * block_size)  # of one sequence
         self._scheduler = Scheduler(
             BlockPool(program.n_blocks, block_size),
-            n_seqs=program.n_seqs,
+            n_seqs=min(program.n_seqs, parallel or program.n_seqs),
             max_rows=program.max_rows,
             max_logits=program.max_logits,
         )
+        self._budget, self._after_step = StepBudget(step_seconds, program.max_rows), after_step
         self._numbers = itertools.count()
         self._inbox: SimpleQueue[Callable[[], None] | Future[Any] | None] = SimpleQueue()
         self._lock = threading.Lock()  # of the next two; and nothing is submitted after an error
@@ -59,6 +83,13 @@ class Engine(Closing):
         self._spent: dict[Sequence, Spent] = {}  # by the root, before a sequence's first step
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def load(self) -> Load:
+        """How much there is to do; to be read from any thread."""
+        scheduler = self._scheduler
+        used = scheduler.pool.n_blocks - scheduler.pool.available
+        return Load(len(scheduler.running), len(scheduler.waiting), used / scheduler.pool.n_blocks)
 
     def submit(self, request: Request) -> Stream:
         """Begins a generation.
@@ -109,6 +140,10 @@ class Engine(Closing):
 
     def between_steps(self, function: Callable[[], _T]) -> _T:
         """What a function of the root returns, called by the engine's thread between two steps."""
+        return self.call_between_steps(function).result()
+
+    def call_between_steps(self, function: Callable[[], _T]) -> Future[_T]:
+        """The same, without waiting for it."""
         future: Future[_T] = Future()
 
         def call() -> None:
@@ -121,7 +156,7 @@ class Engine(Closing):
             self._refuse_if_over()
             self._inbox.put(call)
             self._inbox.put(future)
-        return future.result()
+        return future
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the thread and all generations after the running step; within it, if interrupted."""
@@ -129,10 +164,8 @@ class Engine(Closing):
         self._inbox.put(None)
         if at_once:
             self._thread.join(_END_SECONDS)
-        if at_once and self._thread.is_alive():
-            # Raised as soon as the thread runs Python code, as it does while it waits for nodes.
-            ident = ctypes.c_ulong(self._thread.ident or 0)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
+        if at_once:
+            interrupt.thread(self._thread)  # it runs Python code while it waits for nodes
         self._thread.join()
 
     def _check(self, request: Request) -> None:
@@ -164,18 +197,25 @@ class Engine(Closing):
         error: BaseException | None = None
         try:
             while self._take():
-                step = self._scheduler.plan()
+                decoding = len(self._scheduler.running)
+                step = self._scheduler.plan(self._budget.rows(decoding))
+                rows, seconds = 0, 0.0
                 if step is not None:
                     self._begin(step)
+                    started, rows = time.perf_counter(), len(step.tokens)
                     logits = self.root.step(step.tokens, step.batch)
+                    seconds = time.perf_counter() - started
+                    self._budget.observe(rows, seconds)
                     self._scheduler.settle()
                     self._hand_out(step, logits)
+                self._after_step(rows, seconds)
         except BaseException as raised:
             error = raised
         with self._lock:
             self._error = error or RuntimeError("the engine is closed")
         for stream in self._streams.values():
             stream.put(error or "interrupted")
+        self._after_step(0, 0.0)
         while not self._inbox.empty():
             note = self._inbox.get()
             if isinstance(note, Future) and not note.done():

@@ -2,24 +2,27 @@
 
 A step first has a row for each sequence that decodes, then rows of prompts, in the order in which
 their sequences arrived: as many as the budget allows, in multiples of 16 but for the end of a
-prompt. While others decode, a prompt takes fewer rows, so that they do not wait too long.
+prompt. While others decode, prompts take fewer rows, so that those do not wait too long. A prompt
+longer than the budget leaves half of it to shorter ones that would end within that.
 
-A sequence starts when there are blocks for all its tokens. When one that decodes needs another
+Of those that wait, the first is one whose group has the fewest running. A sequence starts when
+there are blocks for all its tokens. When one that decodes needs another
 block and none is left, the newest sequence is preempted: it gives its blocks back and waits, in
 its place in the order of arrival, to be computed again. The oldest sequence is never preempted, so
 each one becomes the oldest, and ends.
 """
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from pyllama_dist.engine.blocks import BlockPool, BlockTable, Chain
+from pyllama_dist.engine.blocks import BlockPool, BlockTable
 from pyllama_dist.engine.sequence import Sequence, State
 from pyllama_dist.program import Batch
 
 _UNIT = 16  # rows that the kernels take together, and positions of a page
-_BESIDE = 64  # rows of prompts in a step in which others decode
+BESIDE = 64  # rows of prompts in a step in which others decode, unless the caller knows better
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ class Scheduler:
             self._stop(sequence)
         sequence.state = State.DONE
 
-    def plan(self) -> Step | None:
+    def plan(self, beside: int = BESIDE) -> Step | None:
         """The next step, for which everything is reserved; None if there is nothing to compute.
 
-        `settle` must follow when it has run.
+        `settle` must follow when it has run. Prompts have at most `beside` rows if others decode.
         """
         parts = [(sequence, 1) for sequence in self._decodes()]
         rows = sum(count for _, count in parts)
-        budget = min(self._max_rows - rows, _BESIDE if rows else self._max_rows)
+        budget = min(self._max_rows - rows, beside if rows else self._max_rows)
         parts += self._prefills(budget, self._max_logits - rows)
         return self._step(parts) if parts else None
 
@@ -102,12 +105,20 @@ class Scheduler:
 
     def _prefills(self, budget: int, logits: int) -> list[tuple[Sequence, int]]:
         parts = []
-        for sequence in [s for s in self.running if s.state is State.PREFILL] + self.waiting[:]:
+        prompts = [s for s in self.running if s.state is State.PREFILL] + self._queue()
+        short = budget // (2 * self._unit) * self._unit  # what a long prompt leaves to short ones
+        overtaken = False
+        for place, sequence in enumerate(prompts):
             if budget < min(self._unit, sequence.remaining) or logits < 1:
                 break
+            # Only who is being read is overtaken: who waits would have to wait for more blocks.
+            if overtaken and sequence.remaining > budget and sequence.state is State.PREFILL:
+                continue
             if sequence.state is State.WAITING and not self._start(sequence):
                 break
             count, most = sequence.remaining, budget
+            if count > most and self._is_one_short(prompts[place + 1 :], short):
+                most, overtaken = budget - short, True
             if sequence.request.prompt_logits:
                 count = most = min(logits, budget, sequence.remaining)
             if count > most:
@@ -117,10 +128,32 @@ class Scheduler:
             parts.append((sequence, count))
             budget -= count
             logits -= count if sequence.request.prompt_logits else whole
-            if not whole:
+            if whole:
+                sequence.state = State.DECODE
+            elif not overtaken:
                 break
-            sequence.state = State.DECODE
         return parts
+
+    @staticmethod
+    def _is_one_short(prompts: Tokens[Sequence], rows: int) -> bool:
+        """Whether one can be read in so many rows that nobody who waits is before."""
+        for sequence in prompts:
+            if sequence.remaining <= rows:
+                return True
+            if sequence.state is State.WAITING:
+                return False
+        return False
+
+    def _queue(self) -> list[Sequence]:
+        """Those that wait: preempted ones first, then groups take turns."""
+        running = Counter(sequence.request.group for sequence in self.running)
+        queue = []
+        for sequence in self.waiting:
+            group = sequence.request.group
+            turn = 0 if sequence.timings.preemptions else 1 + running[group]
+            queue.append((turn, sequence.number, sequence))
+            running[group] += 1
+        return [sequence for _, _, sequence in sorted(queue, key=lambda entry: entry[:2])]
 
     def _start(self, sequence: Sequence) -> bool:
         """Gives a sequence a row and blocks for all its tokens, if there are any."""
@@ -128,7 +161,8 @@ class Scheduler:
             return False
         pool, tokens = self.pool, sequence.tokens
         # The last token is always computed: its logits are what is needed.
-        chain = Chain() if sequence.request.prompt_logits else pool.match(tokens[:-1])
+        known = [] if sequence.request.prompt_logits else tokens[:-1]
+        chain = pool.match(known, sequence.request.salt)
         # Each one that runs may soon need a block more.
         spare = pool.available - pool.needed(chain, len(tokens)) - len(self.running)
         if spare < 0 or not pool.reserve(chain, len(tokens)):

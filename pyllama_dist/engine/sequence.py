@@ -24,6 +24,8 @@ class Request:
     max_tokens: int | None = None  # at least 1; None: as many as the context has room for
     logprobs: Callable[[F32, int], TokenLogprobs] | None = None  # of such logits and a token
     prompt_logits: bool = False  # of every token of the prompt, computed afresh; no answer
+    group: str = ""  # whose it is: groups take turns to start
+    salt: str = ""  # cached beginnings are shared with requests of the same salt only
 
 
 class State(StrEnum):

@@ -15,6 +15,7 @@ class Stream(Closing):
 
     Attributes:
         timings: what it has cost so far.
+        ended: whether the last token was read.
         finish_reason: valid after the last token.
         logprobs: of each token that was read, if they were asked for.
         prompt_logits: [vocab] float32 of each token of the prompt, if they were asked for.
@@ -29,7 +30,7 @@ class Stream(Closing):
         self._sequence, self._cancel = sequence, cancel
         self._queue: SimpleQueue[int | TokenLogprobs | F32 | Finish | BaseException] = SimpleQueue()
         self.put = self._queue.put
-        self._ended = False
+        self.ended = False
 
     def __iter__(self) -> Iterator[int]:
         return self
@@ -40,21 +41,35 @@ class Stream(Closing):
         Raises:
             PyllamaError: the engine or this generation failed.
         """
-        while not self._ended:
-            match self._queue.get():
-                case int() as token:
-                    return token
-                case TokenLogprobs() as logprobs:
-                    self.logprobs.append(logprobs)
-                    return logprobs.token
-                case str() as finish:
-                    self._ended, self.finish_reason = True, finish
-                case BaseException() as error:
-                    self._ended = True
-                    raise error
-                case logits:
-                    self.prompt_logits.append(logits)
+        while not self.ended:
+            token = self._read()
+            if token is not None:
+                return token
         raise StopIteration
+
+    def ready(self) -> Iterator[int]:
+        """The tokens that are there; does not wait. Raises as `__next__`."""
+        while not self.ended and not self._queue.empty():
+            token = self._read()
+            if token is not None:
+                yield token
+
+    def _read(self) -> int | None:
+        """Takes what came next, waiting for it: a token, or something else."""
+        match self._queue.get():
+            case int() as token:
+                return token
+            case TokenLogprobs() as logprobs:
+                self.logprobs.append(logprobs)
+                return logprobs.token
+            case str() as finish:
+                self.ended, self.finish_reason = True, finish
+            case BaseException() as error:
+                self.ended = True
+                raise error
+            case logits:
+                self.prompt_logits.append(logits)
+        return None
 
     def cancel(self) -> None:
         """Ends the generation after the step that is running; tokens until then still come."""
@@ -62,5 +77,5 @@ class Stream(Closing):
 
     def close(self, error: BaseException | None = None) -> None:
         """Cancels what was not read to its end."""
-        if not self._ended:
+        if not self.ended:
             self.cancel()

@@ -1,16 +1,17 @@
 """The checkpoint's chat template: messages to the text that the model was trained on."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyllama_dist.errors import UsageError
 from pyllama_dist.files import read_text
+from pyllama_dist.text.messages import for_templates
 from pyllama_dist.text.named_tokens import NAMES
 from pyllama_dist.text.special import Breaker, Rendered
 from pyllama_dist.text.thinking import CLOSE, OPEN
 from pyllama_dist.text.tokenizer import Tokenizer
+from pyllama_dist.text.tools.detect import calls_are_messages, format_of, grammar_format_of
 
 if TYPE_CHECKING:
     from pyllama_dist.text.sandbox import SandboxedTemplate
@@ -24,11 +25,16 @@ class ChatTemplate:
 
     Attributes:
         reads: names of the variables that the template reads.
+        tool_format: how the model writes tool calls; None if the template does not tell.
+        grammar_format: what grammars call that format; None if they do not know it.
     """
 
     def __init__(self, template: "SandboxedTemplate", tokenizer: Tokenizer) -> None:
         """`template` writes prompts for `tokenizer`."""
         self.reads = template.reads
+        self.tool_format = format_of(template.source)
+        self.grammar_format = grammar_format_of(template.source)
+        self._calls_as_messages = calls_are_messages(template.source)
         self._template = template
         # A name without a token is an empty text: Llama 3's templates add `bos_token` to others.
         self._named = {**dict.fromkeys(NAMES, ""), **tokenizer.named}
@@ -67,8 +73,7 @@ class ChatTemplate:
     ) -> Rendered:
         """The conversation as the model reads it.
 
-        Messages are those of OpenAI's API: templates get a content of several texts as one, and
-        the arguments of a tool call as an object.
+        Messages are those of OpenAI's API, see `messages`.
 
         Special strings in what the caller gives are text (see `special`): all of them in what
         tools wrote. What an assistant wrote keeps `<think>...</think>`, which templates cut out of
@@ -88,7 +93,12 @@ class ChatTemplate:
         try:
             given = {
                 **{key: self._break_all.value(value) for key, value in (variables or {}).items()},
-                "messages": [self._broken(_as_templates_read(message)) for message in messages],
+                "messages": [
+                    self._broken(message)
+                    for message in for_templates(
+                        messages, calls_as_messages=self._calls_as_messages
+                    )
+                ],
                 "tools": self._break_all.value(tools),
             }
         except RecursionError:
@@ -102,7 +112,7 @@ class ChatTemplate:
     def _broken(self, message: Mapping[str, object]) -> dict[str, object]:
         breakers: dict[str, Breaker] = {}
         match message.get("role"):
-            case "assistant":
+            case "assistant" if "metadata" not in message:  # with it, a tool call
                 breakers = dict.fromkeys(OWN_TEXT, self._break_roles)
             case "user" | "system":
                 breakers = {"content": self._break_but_switches}
@@ -116,38 +126,3 @@ class ChatTemplate:
 def _is_switch(text: str) -> bool:
     """Whether an added token is a word that users type to choose how the model answers."""
     return text.startswith("/") and text[1:].isalpha()
-
-
-def _as_templates_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message of OpenAI's API as templates expect it."""
-    changed: dict[str, Any] = {}
-    match message.get("content"):
-        case None if "content" in message:  # beside tool calls; templates would write "None"
-            changed["content"] = ""
-        case [*parts] if all(isinstance(part, Mapping) for part in parts):
-            texts = [part.get("text") for part in parts if part.get("type") == "text"]
-            if len(texts) == len(parts):
-                changed["content"] = "".join(map(str, texts))
-    match message.get("tool_calls"):
-        case [*calls]:
-            changed["tool_calls"] = [_call(call) for call in calls]
-    return {**message, **changed}
-
-
-def _call(call: Any) -> Any:
-    """A tool call whose arguments are an object, not the JSON text of one."""
-    match call:
-        case {"function": dict(function)}:
-            return {**call, "function": _call(function)}
-        case {"arguments": str(text)}:
-            try:
-                arguments = json.loads(text or "{}")
-            except ValueError:
-                arguments = None
-            if not isinstance(arguments, dict):
-                raise UsageError(
-                    f"the arguments of the tool call {call.get('name')!r} are no JSON object; "
-                    "send what the model wrote, or leave the call out"
-                )
-            return {**call, "arguments": arguments}
-    return call

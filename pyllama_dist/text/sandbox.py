@@ -31,6 +31,7 @@ class SandboxedTemplate:
     """A compiled template.
 
     Attributes:
+        source: its text.
         reads: names of the variables that it reads and does not set itself.
     """
 
@@ -48,6 +49,7 @@ class SandboxedTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         self._where = where
         try:
             self._template = environment.from_string(source)

@@ -215,6 +215,10 @@ class Tokenizer:
         """One printable piece for each id: `hello`, `<|user|>`, `\\n`, `\\xe4`; '' if unknown."""
         return [self._texts.get(token) or _printable(self._bytes(token, False)) for token in ids]
 
+    def token_bytes(self, token: int) -> bytes:
+        """What `token` adds to a text after another one, special or not; nothing if unknown."""
+        return self._bytes(token, False)
+
     def _piece(self, token: int, first: bool) -> bytes | None:
         return None if token in self._hidden else self._bytes(token, first)
 

@@ -1,0 +1,260 @@
+"""Routes: which path is answered by what, and how answers travel."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from pyllama_dist.api import chat, completions, facts, page
+from pyllama_dist.api.errors import ApiError, bad_request, of_engine
+from pyllama_dist.api.events import EventStream
+from pyllama_dist.api.openapi import describe
+from pyllama_dist.api.requests import (
+    BODY_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+)
+from pyllama_dist.api.security import Access, Gate
+from pyllama_dist.api.service import Service
+
+log = logging.getLogger(__name__)
+
+_BODY_SECONDS = 30.0  # for a body to arrive
+_T = TypeVar("_T")
+Json = dict[str, Any]
+
+
+def make_app(service: Service, access: Access) -> ASGIApp:
+    """The server's application."""
+    endpoints: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
+        "/v1/chat/completions": ("POST", _chat),
+        "/v1/completions": ("POST", _completions),
+        "/v1/embeddings": ("POST", _no_embeddings),
+        "/v1/models": ("GET", _plain(facts.models)),
+        "/v1/models/{name:path}": ("GET", _model),
+        "/tokenize": ("POST", _with_body(TokenizeRequest, facts.tokenize)),
+        "/detokenize": ("POST", _with_body(DetokenizeRequest, facts.detokenize)),
+        "/health": ("GET", _plain(facts.health)),
+        "/v1/health": ("GET", _plain(facts.health)),
+        "/nodes": ("GET", _nodes),
+        "/metrics": ("GET", _metrics),
+        "/openapi.json": ("GET", _openapi),
+        "/": ("GET", _page),
+        "/page/{name}": ("GET", _page),
+    }
+    app = Starlette(
+        routes=[
+            Route(path, _logged(path, endpoint), methods=[method])
+            for path, (method, endpoint) in endpoints.items()
+        ],
+        exception_handlers={
+            HTTPException: _of_http,
+            ApiError: _of_api,
+            Exception: _of_ours,
+        },
+    )
+    app.state.service = service
+    app.router.redirect_slashes = False
+    return Gate(app, access)
+
+
+def _service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+def _key(request: Request) -> str:
+    """Whose request it is: by key, else by address."""
+    key: str = request.state.client
+    return key or (request.client.host if request.client else "")
+
+
+async def _chat(request: Request) -> Response:
+    service, body = _service(request), decode(await _read(request), ChatRequest)
+    service.ready()
+    with ExitStack() as stack:
+        stack.enter_context(service.admitted(body.n or 1, _key(request)))
+        started = await _unless_gone(request, chat.begin(service, body, _key(request)))
+        if body.stream:
+            return EventStream(started.chunks(), stack.pop_all())
+        return _json(await _unless_gone(request, started.whole()))
+
+
+async def _completions(request: Request) -> Response:
+    service, body = _service(request), decode(await _read(request), CompletionRequest)
+    service.ready()
+    with ExitStack() as stack:
+        stack.enter_context(service.admitted(completions.count_of(body), _key(request)))
+        started = await _unless_gone(request, completions.begin(service, body, _key(request)))
+        if body.stream:
+            return EventStream(started.chunks(), stack.pop_all())
+        return _json(await _unless_gone(request, started.whole()))
+
+
+def _with_body(kind: type[_T], answer: Callable[[Service, _T], Json]) -> Any:
+    async def endpoint(request: Request) -> Response:
+        return _json(answer(_service(request), decode(await _read(request), kind)))
+
+    return endpoint
+
+
+def _plain(answer: Callable[[Service], Json]) -> Any:
+    async def endpoint(request: Request) -> Response:
+        return _json(answer(_service(request)))
+
+    return endpoint
+
+
+async def _model(request: Request) -> Response:
+    return _json(facts.model(_service(request), request.path_params["name"]))
+
+
+async def _no_embeddings(request: Request) -> Response:
+    raise ApiError(
+        404,
+        "a language model of this family has no embedding head; ask a server for embeddings",
+        code="not_found",
+    )
+
+
+async def _nodes(request: Request) -> Response:
+    return _json(await facts.nodes_json(_service(request)))
+
+
+async def _metrics(request: Request) -> Response:
+    service = _service(request)
+    load = nodes = None
+    if service.engine is not None and service.failure is None:
+        load, nodes = service.engine.load, await facts.nodes(service)
+    text = service.metrics.text(load, nodes or ())
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _openapi(request: Request) -> Response:
+    return _json(describe())
+
+
+async def _page(request: Request) -> Response:
+    name = request.path_params.get("name", "index.html")
+    if (found := page.files().get(name)) is None:
+        raise HTTPException(404)
+    content, media_type = found
+    return Response(content, media_type=media_type, headers=dict(page.HEADERS))
+
+
+def _logged(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
+    """The endpoint; what it answers is counted by its route, never by the path that was sent."""
+
+    async def counted(request: Request) -> Response:
+        started, status = time.monotonic(), 500
+        try:
+            response = await endpoint(request)
+            status = response.status_code
+            return response
+        except ApiError as error:
+            status = error.status
+            raise
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        finally:
+            _service(request).metrics.http(path, request.method, status)
+            log.info(
+                "%s %s %d in %.3f s, request %s",
+                request.method,
+                path,
+                status,
+                time.monotonic() - started,
+                request.state.request_id,
+            )
+
+    return counted
+
+
+async def _of_api(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return _json(error.body(), error.status, error.headers)
+
+
+async def _of_http(request: Request, error: Exception) -> Response:
+    """Of a path or method that is not there."""
+    if not isinstance(error, HTTPException):
+        raise error
+    code, said = "not_found", f"there is no {request.method} {request.scope['path'][:256]}"
+    if error.status_code == 405:
+        code = "method_not_allowed"
+    found = ApiError(error.status_code, said, code=code, headers=error.headers or {})
+    return _json(found.body(), found.status, found.headers)
+
+
+async def _of_ours(request: Request, error: Exception) -> Response:
+    """What nobody foresaw; Starlette raises it again, so that the log has it."""
+    found = of_engine(error)
+    found.message += f" (request {request.state.request_id})"
+    return _json(found.body(), found.status)
+
+
+def _json(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    content = msgspec.json.encode(body)
+    return Response(content, status, headers, media_type="application/json")
+
+
+async def _read(request: Request) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is too large, too slow, or no JSON by its type.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send content-type: application/json", code="unsupported_media_type")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > BODY_BYTES:
+                    most = f"{BODY_BYTES >> 20} MiB"
+                    raise ApiError(413, f"the body has more than {most}", code="too_large")
+    except TimeoutError:
+        raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+    except ClientDisconnect:
+        raise bad_request("the body was cut off") from None
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What comes of some work; it is cancelled when the client leaves."""
+    task = asyncio.create_task(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        task.cancel()
+        if watching.done() and not watching.cancelled():
+            raise ApiError(499, "the client has left") from None
+        raise
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await watching

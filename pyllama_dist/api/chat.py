@@ -1,0 +1,230 @@
+"""/v1/chat/completions: a conversation goes on."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyllama_dist.api.answer import Answer, Ended, Item, Piece, Ping, Progress, requests_of
+from pyllama_dist.api.errors import bad_request
+from pyllama_dist.api.guides import constraint_of
+from pyllama_dist.api.prompts import prompt_of, stop_strings
+from pyllama_dist.api.requests import ChatRequest
+from pyllama_dist.api.service import Service, new_id
+from pyllama_dist.engine.sampler import TokenLogprobs
+from pyllama_dist.text.events import CallArguments, CallStart, Content, Event, Reasoning
+from pyllama_dist.text.reply import Reply
+from pyllama_dist.text.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Chat:
+    """A conversation that is answered."""
+
+    body: ChatRequest
+    answer: Answer
+    id: str
+    model: str
+    created: int
+    fingerprint: str
+    tokenizer: Tokenizer
+
+    def _head(self, object_: str) -> Json:
+        return {
+            "id": self.id,
+            "object": object_,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    async def whole(self) -> Json:
+        """The answer in one piece.
+
+        Raises:
+            ApiError: the generation failed.
+        """
+        replies = [Reply() for _ in self.answer.choices]
+        found: list[list[TokenLogprobs]] = [[] for _ in replies]
+        async for item in self.answer.items():
+            if isinstance(item, Piece):
+                found[item.index] += item.logprobs
+                for event in item.events:
+                    replies[item.index].add(event)
+        choices = [
+            {
+                "index": choice.index,
+                "message": _message(reply),
+                "logprobs": (
+                    {"content": self._logprobs(logprobs), "refusal": None}
+                    if self.body.logprobs
+                    else None
+                ),
+                "finish_reason": choice.reason,
+            }
+            for choice, reply, logprobs in zip(self.answer.choices, replies, found, strict=True)
+        ]
+        return {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": self.answer.usage(),
+            "timings": self.answer.timings(),
+        }
+
+    async def chunks(self) -> AsyncIterator[Json | None]:
+        """The answer piece by piece; None if nothing has happened for some time.
+
+        Raises:
+            ApiError: the generation failed.
+        """
+        options = self.body.stream_options
+        usage = options is not None and bool(options.include_usage)
+        each = options is not None and bool(options.continuous_usage_stats)
+
+        def chunk(choices: list[Json], **more: object) -> Json:
+            found = {**self._head("chat.completion.chunk"), "choices": choices}
+            if usage:
+                found["usage"] = self.answer.usage() if each and choices else None
+            if self.body.timings_per_token and choices:
+                found["timings"] = self.answer.timings()
+            return found | more
+
+        for choice in self.answer.choices:
+            yield chunk([_delta(choice.index, {"role": "assistant", "content": ""})])
+        async for item in self.answer.items(progress=bool(self.body.return_progress)):
+            async for choices, more in self._told(item):
+                yield chunk(choices, **more) if choices or more else None
+        if usage:
+            yield chunk([], usage=self.answer.usage())
+
+    async def _told(self, item: Item) -> AsyncIterator[tuple[list[Json], Json]]:
+        match item:
+            case Ping():
+                yield [], {}
+            case Progress():
+                progress = {
+                    "total": item.total,
+                    "cache": item.cached,
+                    "processed": item.done,
+                    "time_ms": round(1e3 * item.seconds),
+                }
+                yield [_delta(0, {})], {"prompt_progress": progress}
+            case Piece(index, events, logprobs):
+                for delta in _deltas(events):
+                    told: Json = _delta(index, delta)
+                    if self.body.logprobs and "content" in delta:
+                        told["logprobs"] = {"content": self._logprobs(logprobs), "refusal": None}
+                        logprobs = ()
+                    yield [told], {}
+            case Ended(index, reason):
+                last = {**_delta(index, {}), "finish_reason": reason}
+                yield [last], {"timings": self.answer.timings()}
+
+    def _logprobs(self, found: Sequence[TokenLogprobs]) -> list[Json]:
+        return [
+            {
+                **self._logprob(one.token, one.logprob),
+                "top_logprobs": [
+                    self._logprob(*pair) for pair in one.top[: self.body.top_logprobs or 0]
+                ],
+            }
+            for one in found
+        ]
+
+    def _logprob(self, token: int, logprob: float) -> Json:
+        data = self.tokenizer.token_bytes(token)
+        return {
+            "token": data.decode("utf-8", "replace"),
+            "logprob": max(logprob, -9999.0),
+            "bytes": list(data),
+        }
+
+
+def _message(reply: Reply) -> Json:
+    content = reply.content if reply.content or not reply.calls else None
+    found: Json = {"role": "assistant", "content": content, "refusal": None}
+    if reply.reasoning:
+        found["reasoning_content"] = reply.reasoning
+    if reply.calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in reply.calls
+        ]
+    return found
+
+
+def _delta(index: int, delta: Json) -> Json:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _deltas(events: Sequence[Event]) -> list[Json]:
+    """Deltas of a step's events; neighbours of one kind become one."""
+    found: list[Json] = []
+
+    def text(name: str, piece: str) -> None:
+        if found and name in found[-1]:
+            found[-1][name] += piece
+        else:
+            found.append({name: piece})
+
+    for event in events:
+        match event:
+            case Reasoning(piece):
+                text("reasoning_content", piece)
+            case Content(piece):
+                text("content", piece)
+            case CallStart(index, id, name):
+                function = {"name": name, "arguments": ""}
+                call = {"index": index, "id": id, "type": "function", "function": function}
+                found.append({"tool_calls": [call]})
+            case CallArguments(index, piece):
+                called = {"index": index, "function": {"arguments": piece}}
+                found.append({"tool_calls": [called]})
+    return found
+
+
+async def begin(service: Service, body: ChatRequest, key: str) -> Chat:
+    """Begins to answer a conversation.
+
+    Raises:
+        ApiError: it cannot be.
+    """
+    parts, _, _ = service.ready()
+    model = service.check_model(body.model)
+    _check(body)
+    prompt = prompt_of(service, body)
+    most = body.max_completion_tokens or body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    constrain = await constraint_of(service, body, prompt)
+    requests = requests_of(
+        service,
+        body,
+        prompt.tokens,
+        most,
+        top_logprobs=logprobs,
+        key=key,
+        constrain=constrain,
+    )
+    stops = stop_strings(body.stop)
+    answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
+    created = int(time.time())
+    id_ = new_id("chatcmpl")
+    return Chat(body, answer, id_, model, created, service.fingerprint, parts.tokenizer)
+
+
+def _check(body: ChatRequest) -> None:
+    """What fields demand of each other."""
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream: true", "stream_options")
+    if body.max_tokens == 0:
+        raise bad_request("max_tokens is 0; ask for one at least", "max_tokens")
+    if set(body.modalities or ()) - {"text"}:
+        raise bad_request("modalities: this model writes text only", "modalities")

@@ -1,0 +1,293 @@
+"""/v1/completions: a text goes on, without a chat template."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pyllama_dist.api.answer import Answer, Ended, Piece, requests_of
+from pyllama_dist.api.errors import bad_request, of_engine
+from pyllama_dist.api.prompts import stop_strings
+from pyllama_dist.api.requests import CompletionRequest
+from pyllama_dist.api.service import Service, new_id
+from pyllama_dist.engine.sampler import F32, Sampler, Sampling, TokenLogprobs
+from pyllama_dist.engine.sequence import Request
+from pyllama_dist.errors import PyllamaError
+from pyllama_dist.text.events import Content
+from pyllama_dist.text.reply import ReplyParser
+from pyllama_dist.text.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+_PROMPTS = 64
+_INFIX = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")  # as GLM-4 names them
+
+
+@dataclass
+class Text:
+    """One prompt and what it becomes."""
+
+    prompt: str
+    tokens: Sequence[int]
+    answer: Answer | None  # None if nothing is generated
+    echoed: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt, if asked for
+
+
+@dataclass
+class Completion:
+    """Texts that go on."""
+
+    body: CompletionRequest
+    texts: Sequence[Text]
+    id: str
+    model: str
+    created: int
+    fingerprint: str
+    tokenizer: Tokenizer
+
+    async def whole(self) -> Json:
+        """All texts in one piece.
+
+        Raises:
+            ApiError: a generation failed.
+        """
+        found = await asyncio.gather(*map(self._choices, self.texts))
+        choices = [choice for choices in found for choice in choices]
+        for index, choice in enumerate(choices):
+            choice["index"] = index
+        return {**self._head(), "choices": choices, "usage": self._usage()}
+
+    async def chunks(self) -> AsyncIterator[Json | None]:
+        """The text piece by piece; None if nothing has happened for some time.
+
+        Raises:
+            ApiError: the generation failed.
+        """
+        (text,) = self.texts
+        options = self.body.stream_options
+        usage = options is not None and bool(options.include_usage)
+
+        def chunk(choices: list[Json], **more: object) -> Json:
+            empty: Json = {"usage": None} if usage else {}
+            return {**self._head(), "choices": choices, **empty, **more}
+
+        if self.body.echo:
+            logprobs = self._logprobs(text.echoed, 0)
+            yield chunk([_choice(index, text.prompt, logprobs, None) for index in self._indices])
+        offsets = [len(text.prompt) if self.body.echo else 0] * len(self._indices)
+        if text.answer is not None:
+            async for item in text.answer.items():
+                match item:
+                    case Piece(index, events, found):
+                        piece = "".join(e.text for e in events if isinstance(e, Content))
+                        logprobs = self._logprobs(found, offsets[index])
+                        offsets[index] += len(piece)
+                        if piece:
+                            yield chunk([_choice(index, piece, logprobs, None)])
+                    case Ended(index, reason):
+                        timings = text.answer.timings()
+                        yield chunk([_choice(index, "", None, reason)], timings=timings)
+                    case _:
+                        yield None
+        else:
+            yield chunk([_choice(index, "", None, "length") for index in self._indices])
+        if usage:
+            yield chunk([], usage=self._usage())
+
+    @property
+    def _indices(self) -> range:
+        return range(self.body.n or 1)
+
+    def _head(self) -> Json:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    async def _choices(self, text: Text) -> list[Json]:
+        count = self.body.n or 1
+        said, logprobs = [""] * count, [list(text.echoed) for _ in range(count)]
+        reasons = ["length"] * count
+        if text.answer is not None:
+            async for item in text.answer.items():
+                if isinstance(item, Piece):
+                    said[item.index] += "".join(
+                        event.text for event in item.events if isinstance(event, Content)
+                    )
+                    logprobs[item.index] += item.logprobs
+                elif isinstance(item, Ended):
+                    reasons[item.index] = item.reason
+        begin = text.prompt if self.body.echo else ""
+        return [
+            _choice(index, begin + said[index], self._logprobs(logprobs[index], 0), reasons[index])
+            for index in range(count)
+        ]
+
+    def _logprobs(self, found: Sequence[TokenLogprobs | None], offset: int) -> Json | None:
+        if self.body.logprobs is None:
+            return None
+        tokens, values, tops, offsets = [], [], [], []
+        for one in found:
+            text = "" if one is None else self._text(one.token)
+            tokens.append(text)
+            values.append(None if one is None or (not one.top and not one.logprob) else one.logprob)
+            tops.append(
+                None
+                if one is None
+                else {self._text(id): value for id, value in one.top[: self.body.logprobs]}
+            )
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": tokens,
+            "token_logprobs": values,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+    def _usage(self) -> Json:
+        prompt = sum(len(text.tokens) for text in self.texts)
+        generated = sum(
+            choice.stream.timings.generated_tokens
+            for text in self.texts
+            if text.answer is not None
+            for choice in text.answer.choices
+        )
+        cached = sum(text.answer.cached_tokens for text in self.texts if text.answer is not None)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def _choice(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def count_of(body: CompletionRequest) -> int:
+    """Sequences that a request asks for."""
+    prompt = body.prompt
+    several = isinstance(prompt, list) and not all(type(one) is int for one in prompt)
+    return (len(prompt) if isinstance(prompt, list) and several else 1) * (body.n or 1)
+
+
+async def begin(service: Service, body: CompletionRequest, key: str) -> Completion:
+    """Begins to continue texts.
+
+    Raises:
+        ApiError: they cannot be.
+    """
+    parts, _, _ = service.ready()
+    model = service.check_model(body.model)
+    tokenizer = parts.tokenizer
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream: true", "stream_options")
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("max_tokens is 0; ask for one at least, or for echo", "max_tokens")
+    prompts = _prompts(tokenizer, body)
+    if body.stream and len(prompts) > 1:
+        raise bad_request("a stream continues one prompt; send one, or stream: false", "prompt")
+    texts = []
+    for prompt in prompts:
+        echoed = []
+        if body.echo and body.logprobs is not None:
+            echoed = await _echoed(service, prompt, body.logprobs, key)
+        answer = None
+        if body.max_tokens != 0:
+            requests = requests_of(
+                service,
+                body,
+                prompt,
+                body.max_tokens or 16,  # OpenAI's, where none is given
+                top_logprobs=body.logprobs,
+                key=key,
+            )
+            stops = stop_strings(body.stop)
+            answer = Answer(service, prompt, requests, partial(_parser, tokenizer, stops))
+        texts.append(Text(tokenizer.decode(prompt), prompt, answer, echoed))
+    id_ = new_id("cmpl")
+    created = int(time.time())
+    return Completion(body, texts, id_, model, created, service.fingerprint, tokenizer)
+
+
+async def _echoed(
+    service: Service, prompt: Sequence[int], count: int, key: str
+) -> list[TokenLogprobs | None]:
+    """Logprobs of a prompt's tokens: the first has nothing before it."""
+    parts, _, _ = service.ready()
+    sampler = Sampler(Sampling(), parts.tokenizer.vocab_size)
+    find = sampler.logprobs(max(1, count))
+    (stream,) = service.submit([Request(prompt, _never, prompt_logits=True, group=key)])
+    found: list[TokenLogprobs | None] = [TokenLogprobs(prompt[0], 0.0, ())]
+    rows: list[F32] = stream.prompt_logits
+    async for _ in service.tokens(stream):
+        while rows:
+            row, place = rows.pop(0), len(found)
+            if place < len(prompt):
+                found.append(find(row, prompt[place]))
+    return found
+
+
+def _parser(tokenizer: Tokenizer, stops: Sequence[str]) -> ReplyParser:
+    return ReplyParser(None, tokenizer.added, stops=stops)
+
+
+def _never(logits: F32) -> int:
+    raise ValueError("no token is asked for")
+
+
+def _prompts(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
+    try:
+        match body.prompt:
+            case None | []:
+                prompts = [list(tokenizer.prefix)]
+            case str(text):
+                prompts = [_with_suffix(tokenizer, text, body.suffix)]
+            case [int(), *_] as ids:
+                prompts = [_ids(ids, tokenizer, "prompt")]
+            case [*several]:
+                if len(several) > _PROMPTS:
+                    raise bad_request(f"{len(several)} prompts, {_PROMPTS} at most", "prompt")
+                prompts = [
+                    _with_suffix(tokenizer, one, body.suffix)
+                    if isinstance(one, str)
+                    else _ids(one, tokenizer, f"prompt[{number}]")
+                    for number, one in enumerate(several)
+                ]
+    except PyllamaError as error:
+        raise of_engine(error) from None
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise bad_request(f"prompt[{number}] is empty; write something", "prompt")
+    return prompts
+
+
+def _with_suffix(tokenizer: Tokenizer, text: str, suffix: str | None) -> list[int]:
+    if suffix is None:
+        return tokenizer.encode_raw(text)
+    tags = [tokenizer.added.get(tag) for tag in _INFIX]
+    if None in tags:
+        raise bad_request("this model has no tokens to fill in between two texts", "suffix")
+    first, last, middle = (tag.id for tag in tags if tag is not None)
+    before, after = tokenizer.encode(text), tokenizer.encode(suffix)
+    return [*tokenizer.prefix, first, *before, last, *after, middle]
+
+
+def _ids(value: object, tokenizer: Tokenizer, place: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(one) is int for one in value):
+        raise bad_request(f"{place} is neither a text nor a list of token ids", place)
+    wrong = [id for id in value if not 0 <= id < tokenizer.vocab_size]
+    if wrong:
+        raise bad_request(
+            f"{place}: {wrong[0]} is no token id from 0 to {tokenizer.vocab_size - 1}", place
+        )
+    return value

@@ -1,0 +1,87 @@
+"""/openapi.json: the routes, and the bodies that they take."""
+
+from typing import Any
+
+import msgspec
+
+from pyllama_dist import __version__
+from pyllama_dist.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+
+Json = dict[str, Any]
+_BODIES: dict[str, tuple[type, str]] = {
+    "/v1/chat/completions": (ChatRequest, "Answers a conversation."),
+    "/v1/completions": (CompletionRequest, "Continues a text."),
+    "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation."),
+    "/detokenize": (DetokenizeRequest, "The text of token ids."),
+}
+_PLAIN = {
+    "/v1/models": "The model, under each of its names.",
+    "/health": "Whether the model serves.",
+    "/nodes": "What steps have cost each node.",
+    "/metrics": "Counters for Prometheus.",
+}
+
+
+def describe() -> Json:
+    """The description of this server, OpenAPI 3.1."""
+    kinds = [kind for kind, _ in _BODIES.values()]
+    schemas, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
+    )
+    answers: Json = {
+        "200": {"description": "The answer.", "content": {"application/json": {}}},
+        "4XX": _error("What the client can mend."),
+        "5XX": _error("What the server could not do."),
+    }
+    paths: Json = {
+        path: {
+            "post": {
+                "summary": summary,
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": schema}},
+                },
+                "responses": answers,
+            }
+        }
+        for (path, (_, summary)), schema in zip(_BODIES.items(), schemas, strict=True)
+    }
+    for path, summary in _PLAIN.items():
+        content = "text/plain" if path == "/metrics" else "application/json"
+        found = {"description": "The answer.", "content": {content: {}}}
+        paths[path] = {"get": {"summary": summary, "responses": {**answers, "200": found}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "pyllama-dist", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {**components, "Error": _ERROR}},
+    }
+
+
+_NULLABLE = {"type": ["string", "null"]}
+_ERROR: Json = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _NULLABLE,
+                "code": _NULLABLE,
+            },
+        }
+    },
+}
+
+
+def _error(description: str) -> Json:
+    schema = {"$ref": "#/components/schemas/Error"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}

@@ -1,0 +1,197 @@
+"""The model behind the server: whether it is there, and who may ask it."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pyllama_dist.api.bridge import Bridge
+from pyllama_dist.api.errors import ApiError, of_engine, unavailable
+from pyllama_dist.api.metrics import Metrics, NodeUse
+from pyllama_dist.conversation import ModelParts
+from pyllama_dist.engine.engine import Engine
+from pyllama_dist.engine.sequence import Request
+from pyllama_dist.engine.stream import Stream
+from pyllama_dist.errors import PyllamaError
+from pyllama_dist.net.messages import Usage
+from pyllama_dist.text.grammar.grammars import Grammars
+
+log = logging.getLogger(__name__)
+
+_USAGE_SECONDS = 1.0  # workers are asked at most so often
+_GUESSED_SECONDS = 10.0  # for an answer, while none has been given yet
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the server takes on."""
+
+    parallel: int  # sequences that run at once
+    queue: int  # further ones that may wait
+
+
+@dataclass
+class Service:
+    """A model that is loading, ready, or lost; the loop's thread alone uses it.
+
+    Attributes:
+        name: of the model, and further ones that clients may use.
+        parts: the model's files, once it is ready.
+        engine: likewise.
+        failure: why it does not serve any more.
+    """
+
+    names: Sequence[str]
+    limits: Limits
+    metrics: Metrics
+    parts: ModelParts | None = None
+    engine: Engine | None = None
+    bridge: Bridge | None = None
+    grammars: Grammars = field(init=False)
+    failure: ApiError | None = None
+    node_names: Sequence[str] = ("the root",)
+    created: int = field(default_factory=lambda: int(time.time()))
+    fingerprint: str = ""
+    last_nodes: Sequence[NodeUse] = ()  # for after a node was lost
+    _sequences: int = 0  # that run or wait
+    _by_key: Counter[str] = field(default_factory=Counter)
+    _seconds: float = _GUESSED_SECONDS  # of an answer, as the latest ones took
+    _usage: tuple[float, list[Usage]] = (0.0, [])
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def begin(
+        self, parts: ModelParts, engine: Engine, bridge: Bridge, nodes: Sequence[str]
+    ) -> None:
+        """From now on it serves."""
+        self.grammars = Grammars(parts.tokenizer)
+        self.parts, self.engine, self.bridge, self.node_names = parts, engine, bridge, nodes
+        log.info("%s is ready on %d nodes", self.names[0], len(nodes))
+
+    def stop(self, why: ApiError) -> None:
+        """From now on it serves no more; those that wait for an answer are told why."""
+        self.failure = self.failure or why
+        if self.bridge is not None:
+            self.bridge.after_step(0, 0.0)
+
+    def close(self) -> None:
+        """Ends what was started besides the engine."""
+        if self.parts is not None:
+            self.grammars.close()
+
+    def ready(self) -> tuple[ModelParts, Engine, Bridge]:
+        """What serves.
+
+        Raises:
+            ApiError: it is loading, or was lost.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.parts is None or self.engine is None or self.bridge is None:
+            raise unavailable("Loading model", "loading")
+        return self.parts, self.engine, self.bridge
+
+    def check_model(self, name: str | None) -> str:
+        """The name that an answer has.
+
+        Raises:
+            ApiError: there is no model of this name.
+        """
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"no model {name!r}; there is {', '.join(self.names)}",
+                code="model_not_found",
+                param="model",
+            )
+        return name or self.names[0]
+
+    @contextmanager
+    def admitted(self, count: int, key: str) -> Iterator[None]:
+        """Room for so many sequences of one client, while the context lasts.
+
+        Raises:
+            ApiError: there is none; `Retry-After` says when there may be.
+        """
+        room = self.limits.parallel + self.limits.queue
+        others = len(self._by_key.keys() - {key})
+        fair = room if not others else max(count, room - others)  # one place for each other key
+        if self._sequences + count > room or self._by_key[key] + count > fair:
+            waiting = max(0, self._sequences - self.limits.parallel) + count
+            seconds = waiting * self._seconds / self.limits.parallel
+            retry = str(min(120, max(1, round(seconds))))
+            raise ApiError(
+                429,
+                f"{self._sequences} sequences run or wait, {room} at most; try again in {retry} s",
+                "rate_limit_error",
+                "queue_full",
+                headers={"retry-after": retry},
+            )
+        self._sequences += count
+        self._by_key[key] += count
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
+            self._sequences -= count
+            self._by_key[key] -= count
+            if not self._by_key[key]:
+                del self._by_key[key]
+
+    def submit(self, requests: Sequence[Request]) -> list[Stream]:
+        """Begins generations.
+
+        Raises:
+            ApiError: they cannot be.
+        """
+        _, engine, _ = self.ready()
+        try:
+            return engine.submit_all(requests)
+        except PyllamaError as error:
+            raise of_engine(error) from None
+
+    async def tokens(self, stream: Stream) -> AsyncIterator[list[int]]:
+        """The tokens of a stream as they come; leaving it early cancels it.
+
+        Raises:
+            ApiError: the generation failed, or the server ends.
+        """
+        _, _, bridge = self.ready()
+        try:
+            async for tokens in bridge.read(stream):
+                if self.failure is not None:
+                    raise self.failure
+                yield tokens
+        except PyllamaError as error:
+            failed = of_engine(error)
+            if failed.status == 503:
+                self.failure = failed
+            raise failed from None
+        finally:
+            stream.close()
+        if stream.finish_reason == "interrupted" and self.failure is not None:
+            raise self.failure
+
+    async def usage(self) -> list[Usage]:
+        """What steps have cost each worker; at most a second old."""
+        _, engine, _ = self.ready()
+        async with self._asking:
+            when, found = self._usage
+            if time.monotonic() - when > _USAGE_SECONDS:
+                try:
+                    asked = engine.call_between_steps(engine.root.usage)
+                    found = await asyncio.wrap_future(asked)
+                except PyllamaError as error:
+                    self.failure = of_engine(error)
+                    raise self.failure from None
+                self._usage = time.monotonic(), found
+            return found
+
+
+def new_id(prefix: str) -> str:
+    """An id that no other answer has."""
+    return f"{prefix}-{secrets.token_hex(12)}"

@@ -1,0 +1,1 @@
+"""Tool calls: what each generation of models writes, read while it comes."""

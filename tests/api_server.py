@@ -1,0 +1,145 @@
+"""The API's server within this process, in front of a root that says what a test wants."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import httpx
+import numpy as np
+import uvicorn
+
+from pyllama_dist.api.app import make_app
+from pyllama_dist.api.bridge import Bridge
+from pyllama_dist.api.metrics import Metrics
+from pyllama_dist.api.security import Access
+from pyllama_dist.api.service import Limits, Service
+from pyllama_dist.cli.options import BUILTIN
+from pyllama_dist.conversation import ModelParts, open_model
+from pyllama_dist.engine.engine import Engine
+from pyllama_dist.text.chat_template import ChatTemplate
+from pyllama_dist.text.sandbox import SandboxedTemplate
+from tests.fake_root import FakeRoot
+
+OPEN, LIMITS = Access(), Limits(4, 8)
+
+
+class ScriptedRoot(FakeRoot):
+    """Says the tokens of `says` after any prompt, and random ones if there are none.
+
+    Attributes:
+        says: token ids; the last one should end the answer.
+        pause: seconds that a step takes.
+    """
+
+    def __init__(self, vocab_size: int, **sizes: int) -> None:
+        sizes = {"n_seqs": 8, "n_blocks": 64, "block_size": 16, "seq_len": 512} | sizes
+        super().__init__(max_rows=64, max_logits=8, vocab_size=vocab_size, **sizes)
+        self.says: list[int] = []
+        self.pause = 0.0
+
+    def step(self, tokens, batch):
+        time.sleep(self.pause)
+        return super().step(tokens, batch)
+
+    def logits_of(self, tokens):
+        if not self.says:
+            return super().logits_of(tokens)
+        said = next(
+            n for n in range(len(self.says), -1, -1) if tokens[-n:] == self.says[:n] or not n
+        )
+        logits = np.zeros(self.vocab_size, np.float32)
+        logits[self.says[min(said, len(self.says) - 1)]] = 20
+        return logits
+
+    def usage(self):
+        return []
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    url: str
+    root: ScriptedRoot
+    service: Service
+    engine: Engine
+    parts: ModelParts
+    server: uvicorn.Server
+
+    def client(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+
+    def say(self, text: str, *, end: bool = True) -> None:
+        """What the model answers from now on; tags that are tokens are such."""
+        tokenizer = self.parts.tokenizer
+        ids = tokenizer.encode(text)
+        self.root.says = [*ids, min(tokenizer.eos_ids)] if end else ids
+
+    def is_idle(self) -> bool:
+        load = self.engine.load
+        return load.running == load.waiting == 0
+
+    def wait_idle(self, seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.is_idle():
+            assert time.monotonic() < deadline, self.engine.load
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(
+    access: Access = OPEN,
+    limits: Limits = LIMITS,
+    template: str | None = None,
+    names: Sequence[str] = ("tiny",),
+    **sizes: int,
+) -> Iterator[Running]:
+    """A server at a free port; it ends with the context."""
+    with open_model(BUILTIN) as parts:
+        if template is not None:
+            sandboxed = SandboxedTemplate(template, "a test")
+            parts = replace(parts, template=ChatTemplate(sandboxed, parts.tokenizer))
+        root = ScriptedRoot(parts.tokenizer.vocab_size, **sizes)
+        service = Service(names, limits, Metrics(names[0]))
+        config = uvicorn.Config(
+            make_app(service, access),
+            port=0,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+        )
+        server, ready = uvicorn.Server(config), threading.Event()
+        engines: list[Engine] = []
+
+        async def run() -> None:
+            bridge = Bridge(asyncio.get_running_loop(), service.metrics.step)
+            engine = Engine(root, root.size, parallel=limits.parallel, after_step=bridge.after_step)
+            engines.append(engine)
+            service.begin(parts, engine, bridge, ("the root",))
+            await server.serve()
+
+        def main() -> None:
+            asyncio.run(run())
+            engines[0].close()
+            service.close()
+
+        server.install_signal_handlers = lambda: None
+        thread = threading.Thread(target=main, name="server")
+        thread.start()
+        try:
+            deadline = time.monotonic() + 20
+            while not server.started:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            ready.set()
+            port = server.servers[0].sockets[0].getsockname()[1]
+            url = f"http://127.0.0.1:{port}"
+            yield Running(url, root, service, engines[0], parts, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()

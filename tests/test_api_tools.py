@@ -1,0 +1,187 @@
+"""Tools and structured answers through the server: numbers are those of the checks."""
+
+import json
+
+import pytest
+
+from pyllama_dist.api.security import Access
+from pyllama_dist.api.service import Limits
+from tests.api_server import serving
+from tests.test_api import CHAT, error, events
+
+pytestmark = pytest.mark.timeout(120)
+
+ACCESS, LIMITS = Access(), Limits(4, 8)
+# As Hermes and Qwen3 write: the built-in model's tokenizer has no tokens for other formats.
+TEMPLATE = """
+{%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
+{"name": <function-name>, "arguments": <args-json-object>} in <tool_call></tool_call>
+{% endif %}
+{%- for message in messages %}<{{ message.role }}>{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}</{{ message.role }}>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+OTHER = {"type": "function", "function": {"name": "sing"}}
+ARGUMENTS = '{"city": "Łódź", "days": 3}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+QUESTION = [{"role": "user", "content": "weather?"}]
+ASK = {"messages": QUESTION, "temperature": 0, "tools": [WEATHER]}
+# As GLM-4-0414, whose calls are ordinary text: name, line break, arguments.
+BARE = """
+{%- for tool in tools or [] %}## {{ tool.function.name }}{{ tool.function | tojson }}{% endfor %}
+{%- for message in messages %}<{{ message.role }}>{{ message.get("metadata", "") }}
+{{ message.content }}{% endfor %}{# observation #}<assistant>"""
+
+
+@pytest.fixture
+def server():
+    with serving(ACCESS, LIMITS, TEMPLATE, seq_len=1024, n_blocks=128) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as client:
+        yield client
+
+
+def test_a_call_comes_as_openai_has_it(server, client):
+    server.say("Let me see." + CALL)
+    found = client.post(CHAT, json=ASK).json()["choices"][0]
+    assert found["finish_reason"] == "tool_calls"
+    assert found["message"]["content"] == "Let me see."
+    (call,) = found["message"]["tool_calls"]
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Łódź", "days": 3}
+
+
+def test_p7_p9_a_streamed_call_is_the_same(server, client):
+    server.say(CALL + CALL)
+    whole = client.post(CHAT, json=ASK).json()["choices"][0]["message"]
+    assert whole["content"] is None
+    chunks = events(client.post(CHAT, json=ASK | {"stream": True}).text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    told = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    for index in (0, 1):
+        first, *rest = [call for call in told if call["index"] == index]
+        assert first["id"]
+        assert first["function"] == {"name": "get_weather", "arguments": ""}
+        assert not any("id" in call or "name" in call["function"] for call in rest)
+        joined = "".join(call["function"]["arguments"] for call in rest)
+        assert joined == whole["tool_calls"][index]["function"]["arguments"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_t14_a_call_that_is_cut_off(server, client):
+    server.say(CALL)
+    found = client.post(CHAT, json=ASK | {"max_tokens": 30}).json()["choices"][0]
+    assert found["finish_reason"] == "length"
+
+
+def test_t15_a_call_and_its_result_are_in_the_next_prompt(server, client):
+    server.say(CALL)
+    message = client.post(CHAT, json=ASK).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "rain"}
+    server.say("It rains.")
+    asked = ASK | {"messages": [*ASK["messages"], message, result]}
+    assert client.post(CHAT, json=asked).json()["choices"][0]["message"]["content"] == "It rains."
+    text = server.parts.tokenizer.decode(
+        client.post("/tokenize", json={"messages": asked["messages"]}).json()["tokens"]
+    )
+    assert CALL.split("{")[1].split(",")[0] in text
+    assert "rain" in text
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        ("required", None),
+        ({"type": "function", "function": {"name": "get_weather"}}, "get_weather"),
+        ({"type": "function", "function": {"name": "sing"}}, "sing"),
+    ],
+)
+def test_t16_a_call_that_is_required_comes(choice, name):
+    """Of random logits: only the grammar makes sense of them."""
+    days = {"type": "object", "properties": {"days": {"enum": [1, 2, 3]}}, "required": ["days"]}
+    days["additionalProperties"] = False
+    weather = {"type": "function", "function": {"name": "get_weather", "parameters": days}}
+    asked = ASK | {"tools": [weather, OTHER], "tool_choice": choice, "temperature": 1, "seed": 1}
+    asked |= {"thinking_budget": 3}
+    with serving(ACCESS, LIMITS, BARE, seq_len=1024, n_blocks=128) as bare, bare.client() as client:
+        answer = client.post(CHAT, json=asked | {"max_tokens": 800})
+    call = answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert name in (None, call["name"])
+    if call["name"] == "get_weather":
+        assert isinstance(json.loads(call["arguments"])["days"], int)
+
+
+def test_t16_none_is_none(server, client):
+    server.say(CALL)
+    found = client.post(CHAT, json=ASK | {"tool_choice": "none", "max_tokens": 60}).json()
+    assert "tool_calls" not in found["choices"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["maybe", {"type": "function", "function": {"name": "fly"}}, {"type": "x"}, 5],
+    ids=str,
+)
+def test_t16_odd_choices_are_refused(client, choice):
+    assert error(client.post(CHAT, json=ASK | {"tool_choice": choice}), 400)["param"] in (
+        "tool_choice",
+        None,
+    )
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer"}, "sure": {"type": "boolean"}},
+    "required": ["answer", "sure"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_has_the_shape_of_a_schema(server, client):
+    server.root.says = []
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    asked = {"messages": ASK["messages"], "response_format": wanted, "temperature": 1, "seed": 4}
+    found = client.post(CHAT, json=asked | {"max_tokens": 500}).json()["choices"][0]
+    answer = json.loads(found["message"]["content"])
+    assert set(answer) == {"answer", "sure"}
+    assert isinstance(answer["sure"], bool)
+    assert found["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "sausage"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"pattern": "(?=a)b", "type": "string"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": list(range(10**6))}}},
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_x5_a_bad_schema_is_the_request_s_fault(server, client, wanted):
+    server.say("Hello.")
+    asked = {"messages": ASK["messages"], "response_format": wanted}
+    assert error(client.post(CHAT, json=asked), 400)["type"] == "invalid_request_error"
+    assert client.post(CHAT, json={"messages": ASK["messages"]}).status_code == 200
