@@ -47,11 +47,6 @@ settings.register_profile("quick", deadline=None, max_examples=50, derandomize="
 settings.load_profile("quick")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the file that takes longest: where two run at a time, none waits for it alone."""
-    items.sort(key=lambda item: item.path.name != "test_processes.py")
-
-
 # Eight nodes can share it; from four on, some have no part of the FFN.
 CONFIG = ModelConfig(
     arch=Arch.GLM4,
