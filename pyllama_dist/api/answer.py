@@ -249,11 +249,6 @@ class Answer:
         """Tokens of the prompt that were found in the cache."""
         return self.choices[0].stream.timings.cached_tokens
 
-    @property
-    def seconds(self) -> float:
-        """Since it was asked for."""
-        return time.monotonic() - self._arrived
-
     def timings(self) -> dict[str, float]:
         """llama-server's account of the time, of the first choice."""
         return timings_of(self.choices[0].stream.timings)
