@@ -1,6 +1,8 @@
 """The API's server within this process, in front of a root that says what a test wants."""
 
 import asyncio
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.security import Access
-from pyllama_dist.api.service import Limits, Service
+from pyllama_dist.api.service import Limits, Model, Service
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.conversation import ModelParts, open_model
 from pyllama_dist.engine.engine import Engine
@@ -24,6 +26,8 @@ from pyllama_dist.text.sandbox import SandboxedTemplate
 from tests.fake_root import FakeRoot
 
 OPEN, LIMITS = Access(), Limits(4, 8)
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+CHAT = "/v1/chat/completions"
 
 
 class ScriptedRoot(FakeRoot):
@@ -119,7 +123,7 @@ def serving(
             bridge = Bridge(asyncio.get_running_loop(), service.metrics.step)
             engine = Engine(root, root.size, parallel=limits.parallel, after_step=bridge.after_step)
             engines.append(engine)
-            service.begin(parts, engine, bridge, ("the root",))
+            service.begin(Model(parts, engine, bridge, ("the root",)))
             await server.serve()
 
         def main() -> None:
@@ -143,3 +147,36 @@ def serving(
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def events(text: str) -> list[dict]:
+    """The data of a stream, which must be complete."""
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    assert blocks[-1] == "data: [DONE]"
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+def error(answer: httpx.Response, status: int) -> dict:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    found = answer.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    assert found["message"]
+    return found
+
+
+def send(server: Running, body: dict) -> socket.socket:
+    """A connection on which a request was sent."""
+    data = json.dumps(body).encode()
+    port = int(server.url.rpartition(":")[2])
+    connection = socket.create_connection(("127.0.0.1", port))
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    connection.sendall(head.encode() + f"content-length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+def wait_until(is_so, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -310,7 +310,10 @@ def main() -> None:
         counts[f"{kind}: {'wrong' if verdict.wrong else 'late' if verdict.late else 'right'}"] += 1
         longest[kind] = max(longest[kind], round(verdict.seconds, 1))
         if verdict.wrong or verdict.late:
-            print(json.dumps({"seed": seed, **asdict(verdict), **asdict(hit)}), flush=True)
+            print(
+                json.dumps({"seed": seed, "verdict": asdict(verdict), "hit": asdict(hit)}),
+                flush=True,
+            )
         left = psutil.Process().children(recursive=True)
         assert not left, left
     print(json.dumps({"counts": counts, "longest_seconds": longest}, indent=1, sort_keys=True))

@@ -6,8 +6,7 @@ import pytest
 
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
-from tests.api_server import serving
-from tests.test_api import CHAT, error, events
+from tests.api_server import CHAT, error, events, serving
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -36,6 +35,7 @@ WEATHER = {
     },
 }
 OTHER = {"type": "function", "function": {"name": "sing"}}
+SING_ALONE = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [OTHER]}}
 ARGUMENTS = '{"city": "Łódź", "days": 3}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 QUESTION = [{"role": "user", "content": "weather?"}]
@@ -115,6 +115,10 @@ def test_t15_a_call_and_its_result_are_in_the_next_prompt(server, client):
         ("required", None),
         ({"type": "function", "function": {"name": "get_weather"}}, "get_weather"),
         ({"type": "function", "function": {"name": "sing"}}, "sing"),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [OTHER]}},
+            "sing",
+        ),
     ],
 )
 def test_t16_a_call_that_is_required_comes(choice, name):
@@ -140,14 +144,16 @@ def test_t16_none_is_none(server, client):
 
 @pytest.mark.parametrize(
     "choice",
-    ["maybe", {"type": "function", "function": {"name": "fly"}}, {"type": "x"}, 5],
+    [
+        *("maybe", {"type": "function", "function": {"name": "fly"}}, {"type": "x"}, 5),
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
+    ],
     ids=str,
 )
 def test_t16_odd_choices_are_refused(client, choice):
-    assert error(client.post(CHAT, json=ASK | {"tool_choice": choice}), 400)["param"] in (
-        "tool_choice",
-        None,
-    )
+    answer = client.post(CHAT, json=ASK | {"tool_choice": choice})
+    assert error(answer, 400)["param"] == "tool_choice"
 
 
 SCHEMA = {

@@ -1,6 +1,7 @@
 """One request's answer, whatever dialect it is told in: choices, and what happens to them."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,8 +132,39 @@ class Choice:
                     self._undecided = []
 
 
+@dataclass(frozen=True)
+class Head:
+    """What all that is said of one answer begins with."""
+
+    id: str
+    created: int  # Unix seconds
+    model: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, service: Service, prefix: str, model: str | None) -> "Head":
+        """That of a new answer.
+
+        Raises:
+            ApiError: there is no model of this name.
+        """
+        name = service.check_model(model)
+        id_ = f"{prefix}-{secrets.token_hex(12)}"
+        return cls(id_, int(time.time()), name, service.fingerprint)
+
+    def fields(self, object_: str) -> dict[str, object]:
+        """As JSON has it, for an object of this type."""
+        return {
+            "id": self.id,
+            "object": object_,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
 class Answer:
-    """What was asked for, and its choices while they come."""
+    """What was asked for, and its choices while they come. Whoever began it closes it."""
 
     def __init__(
         self,
@@ -146,17 +178,17 @@ class Answer:
         Raises:
             ApiError: they cannot be.
         """
-        parts, _, _ = service.ready()
+        tokenizer = service.ready().parts.tokenizer
         self.prompt, self._service = prompt, service
-        self._arrived = time.monotonic()
+        self._arrived, self._reason = time.monotonic(), "abort"
         self._first: float | None = None  # when the first token came
         self.choices = [
-            Choice(index, stream, make_parser(), parts.tokenizer.stream())
+            Choice(index, stream, make_parser(), tokenizer.stream())
             for index, stream in enumerate(service.submit(requests))
         ]
 
     async def items(self, *, progress: bool = False) -> AsyncIterator[Item]:
-        """What happens, until all choices are complete; leaving early cancels them.
+        """What happens, until all choices are complete.
 
         Raises:
             ApiError: the generation failed.
@@ -165,26 +197,29 @@ class Answer:
         tasks = [
             asyncio.create_task(self._follow(choice, queue, progress)) for choice in self.choices
         ]
-        open_, reason = len(tasks), "abort"
         try:
+            open_ = len(tasks)
             while open_:
                 try:
                     item = await asyncio.wait_for(queue.get(), PING_SECONDS)
                 except TimeoutError:
                     item = Ping()
                 if isinstance(item, ApiError):
-                    reason = "error"
+                    self._reason = "error"
                     raise item
                 open_ -= isinstance(item, Ended)
                 yield item
-            reason = str(self.choices[0].reason)
+            self._reason = str(self.choices[0].reason)
         finally:
             for task in tasks:
                 task.cancel()
-            for choice in self.choices:
-                choice.stream.close()
-            seconds = time.monotonic() - self._arrived
-            self._service.metrics.ended(reason, [c.stream.timings for c in self.choices], seconds)
+
+    def close(self) -> None:
+        """Cancels what has not ended; to be called once, however far it came."""
+        for choice in self.choices:
+            choice.stream.close()
+        timings = [choice.stream.timings for choice in self.choices]
+        self._service.metrics.ended(self._reason, timings, time.monotonic() - self._arrived)
 
     async def _follow(
         self, choice: Choice, queue: "asyncio.Queue[Item | ApiError]", progress: bool
@@ -279,6 +314,7 @@ def requests_of(
     prompt: Sequence[int],
     max_tokens: int | None,
     *,
+    param: str,
     top_logprobs: int | None,
     key: str,
     constrain: Callable[[Sampler], Callable[[F32], int]] | None = None,
@@ -290,6 +326,7 @@ def requests_of(
         body: how tokens are chosen.
         prompt: ids.
         max_tokens: None for as many as there is room for.
+        param: the field that the prompt was made of.
         top_logprobs: of each token, so many likely ones are told; None for none at all.
         key: of the client.
         constrain: makes the sampler of a choice obey a grammar.
@@ -297,12 +334,12 @@ def requests_of(
     Raises:
         ApiError: the prompt does not fit, or a field is wrong.
     """
-    parts, engine, _ = service.ready()
-    tokenizer = parts.tokenizer
+    model = service.ready()
+    tokenizer, engine = model.parts.tokenizer, model.engine
     if len(prompt) >= engine.seq_len:
         raise bad_request(
             f"the prompt has {len(prompt)} tokens, the context {engine.seq_len}; shorten it",
-            "messages",
+            param,
             "context_length_exceeded",
         )
     wrong = [id for id in body.logit_bias or () if int(id) >= tokenizer.vocab_size]
@@ -333,7 +370,7 @@ def requests_of(
 
 
 def _sampling(service: Service, body: Sampled, index: int) -> Sampling:
-    parts, _, _ = service.ready()
+    parts = service.ready().parts
     seed = None if body.seed is None else (body.seed + index) % (1 << 64)
     bias: Mapping[int, float] = {int(id): value for id, value in (body.logit_bias or {}).items()}
     return replace(

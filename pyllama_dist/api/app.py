@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from pyllama_dist.api import chat, completions, facts, page
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine
 from pyllama_dist.api.events import EventStream
+from pyllama_dist.api.leaving import unless_gone
 from pyllama_dist.api.openapi import describe
 from pyllama_dist.api.requests import (
     BODY_BYTES,
@@ -87,10 +88,11 @@ async def _chat(request: Request) -> Response:
     service.ready()
     with ExitStack() as stack:
         stack.enter_context(service.admitted(body.n or 1, _key(request)))
-        started = await _unless_gone(request, chat.begin(service, body, _key(request)))
+        begun = chat.begin(service, body, _key(request), stack)
+        started = await unless_gone(request.receive, begun)
         if body.stream:
             return EventStream(started.chunks(), stack.pop_all())
-        return _json(await _unless_gone(request, started.whole()))
+        return _json(await unless_gone(request.receive, started.whole()))
 
 
 async def _completions(request: Request) -> Response:
@@ -98,10 +100,11 @@ async def _completions(request: Request) -> Response:
     service.ready()
     with ExitStack() as stack:
         stack.enter_context(service.admitted(completions.count_of(body), _key(request)))
-        started = await _unless_gone(request, completions.begin(service, body, _key(request)))
+        begun = completions.begin(service, body, _key(request), stack)
+        started = await unless_gone(request.receive, begun)
         if body.stream:
             return EventStream(started.chunks(), stack.pop_all())
-        return _json(await _unless_gone(request, started.whole()))
+        return _json(await unless_gone(request.receive, started.whole()))
 
 
 def _with_body(kind: type[_T], answer: Callable[[Service, _T], Json]) -> Any:
@@ -136,10 +139,10 @@ async def _nodes(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     service = _service(request)
-    load = nodes = None
-    if service.engine is not None and service.failure is None:
-        load, nodes = service.engine.load, await facts.nodes(service)
-    text = service.metrics.text(load, nodes or ())
+    load, nodes = None, service.last_nodes
+    with suppress(ApiError):  # what was counted before is there without a model
+        load, nodes = service.ready().engine.load, await facts.nodes(service)
+    text = service.metrics.text(load, nodes)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -235,26 +238,3 @@ async def _read(request: Request) -> bytes:
     except ClientDisconnect:
         raise bad_request("the body was cut off") from None
     return bytes(body)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What comes of some work; it is cancelled when the client leaves."""
-    task = asyncio.create_task(work)
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        return await task
-    except asyncio.CancelledError:
-        task.cancel()
-        if watching.done() and not watching.cancelled():
-            raise ApiError(499, "the client has left") from None
-        raise
-    finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await watching

@@ -1,16 +1,16 @@
 """/v1/chat/completions: a conversation goes on."""
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from pyllama_dist.api.answer import Answer, Ended, Item, Piece, Ping, Progress, requests_of
+from pyllama_dist.api.answer import Answer, Ended, Head, Item, Piece, Ping, Progress, requests_of
 from pyllama_dist.api.errors import bad_request
 from pyllama_dist.api.guides import constraint_of
 from pyllama_dist.api.prompts import prompt_of, stop_strings
 from pyllama_dist.api.requests import ChatRequest
-from pyllama_dist.api.service import Service, new_id
+from pyllama_dist.api.service import Service
 from pyllama_dist.engine.sampler import TokenLogprobs
 from pyllama_dist.text.events import CallArguments, CallStart, Content, Event, Reasoning
 from pyllama_dist.text.reply import Reply
@@ -25,20 +25,8 @@ class Chat:
 
     body: ChatRequest
     answer: Answer
-    id: str
-    model: str
-    created: int
-    fingerprint: str
+    head: Head
     tokenizer: Tokenizer
-
-    def _head(self, object_: str) -> Json:
-        return {
-            "id": self.id,
-            "object": object_,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
 
     async def whole(self) -> Json:
         """The answer in one piece.
@@ -67,7 +55,7 @@ class Chat:
             for choice, reply, logprobs in zip(self.answer.choices, replies, found, strict=True)
         ]
         return {
-            **self._head("chat.completion"),
+            **self.head.fields("chat.completion"),
             "choices": choices,
             "usage": self.answer.usage(),
             "timings": self.answer.timings(),
@@ -84,7 +72,7 @@ class Chat:
         each = options is not None and bool(options.continuous_usage_stats)
 
         def chunk(choices: list[Json], **more: object) -> Json:
-            found = {**self._head("chat.completion.chunk"), "choices": choices}
+            found = {**self.head.fields("chat.completion.chunk"), "choices": choices}
             if usage:
                 found["usage"] = self.answer.usage() if each and choices else None
             if self.body.timings_per_token and choices:
@@ -94,15 +82,17 @@ class Chat:
         for choice in self.answer.choices:
             yield chunk([_delta(choice.index, {"role": "assistant", "content": ""})])
         async for item in self.answer.items(progress=bool(self.body.return_progress)):
-            async for choices, more in self._told(item):
-                yield chunk(choices, **more) if choices or more else None
+            if isinstance(item, Ping):
+                yield None
+            else:
+                for choices, more in self._told(item):
+                    yield chunk(choices, **more)
         if usage:
             yield chunk([], usage=self.answer.usage())
 
-    async def _told(self, item: Item) -> AsyncIterator[tuple[list[Json], Json]]:
+    def _told(self, item: Item) -> Iterator[tuple[list[Json], Json]]:
+        """Choices of each chunk that tells an item, and what else it has."""
         match item:
-            case Ping():
-                yield [], {}
             case Progress():
                 progress = {
                     "total": item.total,
@@ -189,33 +179,30 @@ def _deltas(events: Sequence[Event]) -> list[Json]:
     return found
 
 
-async def begin(service: Service, body: ChatRequest, key: str) -> Chat:
-    """Begins to answer a conversation.
+async def begin(service: Service, body: ChatRequest, key: str, held: ExitStack) -> Chat:
+    """Begins to answer a conversation; `held` ends that.
 
     Raises:
         ApiError: it cannot be.
     """
-    parts, _, _ = service.ready()
-    model = service.check_model(body.model)
+    parts = service.ready().parts
+    head = Head.of(service, "chatcmpl", body.model)
     _check(body)
     prompt = prompt_of(service, body)
-    most = body.max_completion_tokens or body.max_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    constrain = await constraint_of(service, body, prompt)
     requests = requests_of(
         service,
         body,
         prompt.tokens,
-        most,
-        top_logprobs=logprobs,
+        body.max_completion_tokens or body.max_tokens,
+        param="messages",
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         key=key,
-        constrain=constrain,
+        constrain=await constraint_of(service, body, prompt),
     )
     stops = stop_strings(body.stop)
     answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
-    created = int(time.time())
-    id_ = new_id("chatcmpl")
-    return Chat(body, answer, id_, model, created, service.fingerprint, parts.tokenizer)
+    held.callback(answer.close)
+    return Chat(body, answer, head, parts.tokenizer)
 
 
 def _check(body: ChatRequest) -> None:

@@ -1,17 +1,18 @@
 """/v1/completions: a text goes on, without a chat template."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
-from pyllama_dist.api.answer import Answer, Ended, Piece, requests_of
+from pyllama_dist.api.answer import Answer, Ended, Head, Piece, requests_of
 from pyllama_dist.api.errors import bad_request, of_engine
 from pyllama_dist.api.prompts import stop_strings
 from pyllama_dist.api.requests import CompletionRequest
-from pyllama_dist.api.service import Service, new_id
+from pyllama_dist.api.service import Service
 from pyllama_dist.engine.sampler import F32, Sampler, Sampling, TokenLogprobs
 from pyllama_dist.engine.sequence import Request
 from pyllama_dist.errors import PyllamaError
@@ -24,14 +25,17 @@ _PROMPTS = 64
 _INFIX = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")  # as GLM-4 names them
 
 
-@dataclass
+Told = tuple[int, TokenLogprobs | None]  # a token, and what is known of it if anything
+
+
+@dataclass(frozen=True)
 class Text:
     """One prompt and what it becomes."""
 
     prompt: str
     tokens: Sequence[int]
     answer: Answer | None  # None if nothing is generated
-    echoed: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt, if asked for
+    echoed: Sequence[Told] = ()  # of the prompt, if asked for
 
 
 @dataclass
@@ -40,10 +44,7 @@ class Completion:
 
     body: CompletionRequest
     texts: Sequence[Text]
-    id: str
-    model: str
-    created: int
-    fingerprint: str
+    head: Head
     tokenizer: Tokenizer
 
     async def whole(self) -> Json:
@@ -56,7 +57,7 @@ class Completion:
         choices = [choice for choices in found for choice in choices]
         for index, choice in enumerate(choices):
             choice["index"] = index
-        return {**self._head(), "choices": choices, "usage": self._usage()}
+        return {**self.head.fields("text_completion"), "choices": choices, "usage": self._usage()}
 
     async def chunks(self) -> AsyncIterator[Json | None]:
         """The text piece by piece; None if nothing has happened for some time.
@@ -70,7 +71,7 @@ class Completion:
 
         def chunk(choices: list[Json], **more: object) -> Json:
             empty: Json = {"usage": None} if usage else {}
-            return {**self._head(), "choices": choices, **empty, **more}
+            return {**self.head.fields("text_completion"), "choices": choices, **empty, **more}
 
         if self.body.echo:
             logprobs = self._logprobs(text.echoed, 0)
@@ -81,7 +82,7 @@ class Completion:
                 match item:
                     case Piece(index, events, found):
                         piece = "".join(e.text for e in events if isinstance(e, Content))
-                        logprobs = self._logprobs(found, offsets[index])
+                        logprobs = self._logprobs(_told(found), offsets[index])
                         offsets[index] += len(piece)
                         if piece:
                             yield chunk([_choice(index, piece, logprobs, None)])
@@ -99,15 +100,6 @@ class Completion:
     def _indices(self) -> range:
         return range(self.body.n or 1)
 
-    def _head(self) -> Json:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-
     async def _choices(self, text: Text) -> list[Json]:
         count = self.body.n or 1
         said, logprobs = [""] * count, [list(text.echoed) for _ in range(count)]
@@ -118,7 +110,7 @@ class Completion:
                     said[item.index] += "".join(
                         event.text for event in item.events if isinstance(event, Content)
                     )
-                    logprobs[item.index] += item.logprobs
+                    logprobs[item.index] += _told(item.logprobs)
                 elif isinstance(item, Ended):
                     reasons[item.index] = item.reason
         begin = text.prompt if self.body.echo else ""
@@ -127,26 +119,21 @@ class Completion:
             for index in range(count)
         ]
 
-    def _logprobs(self, found: Sequence[TokenLogprobs | None], offset: int) -> Json | None:
-        if self.body.logprobs is None:
+    def _logprobs(self, found: Sequence[Told], offset: int) -> Json | None:
+        """Logprobs of tokens, of which the first stands at this character of the text."""
+        most = self.body.logprobs
+        if most is None:
             return None
-        tokens, values, tops, offsets = [], [], [], []
-        for one in found:
-            text = "" if one is None else self._text(one.token)
-            tokens.append(text)
-            values.append(None if one is None or (not one.top and not one.logprob) else one.logprob)
-            tops.append(
-                None
-                if one is None
-                else {self._text(id): value for id, value in one.top[: self.body.logprobs]}
-            )
-            offsets.append(offset)
-            offset += len(text)
+        tokens = [self._text(token) for token, _ in found]
+        ends = accumulate(map(len, tokens), initial=offset)
         return {
             "tokens": tokens,
-            "token_logprobs": values,
-            "top_logprobs": tops,
-            "text_offset": offsets,
+            "token_logprobs": [one.logprob if one else None for _, one in found],
+            "top_logprobs": [
+                {self._text(id): value for id, value in one.top[:most]} if one else None
+                for _, one in found
+            ],
+            "text_offset": list(ends)[:-1],
         }
 
     def _text(self, token: int) -> str:
@@ -169,6 +156,10 @@ class Completion:
         }
 
 
+def _told(found: Sequence[TokenLogprobs]) -> list[Told]:
+    return [(one.token, one) for one in found]
+
+
 def _choice(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
@@ -180,15 +171,14 @@ def count_of(body: CompletionRequest) -> int:
     return (len(prompt) if isinstance(prompt, list) and several else 1) * (body.n or 1)
 
 
-async def begin(service: Service, body: CompletionRequest, key: str) -> Completion:
-    """Begins to continue texts.
+async def begin(service: Service, body: CompletionRequest, key: str, held: ExitStack) -> Completion:
+    """Begins to continue texts; `held` ends that.
 
     Raises:
         ApiError: they cannot be.
     """
-    parts, _, _ = service.ready()
-    model = service.check_model(body.model)
-    tokenizer = parts.tokenizer
+    tokenizer = service.ready().parts.tokenizer
+    head = Head.of(service, "cmpl", body.model)
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream: true", "stream_options")
     if body.max_tokens == 0 and not body.echo:
@@ -198,7 +188,7 @@ async def begin(service: Service, body: CompletionRequest, key: str) -> Completi
         raise bad_request("a stream continues one prompt; send one, or stream: false", "prompt")
     texts = []
     for prompt in prompts:
-        echoed = []
+        echoed: Sequence[Told] = ()
         if body.echo and body.logprobs is not None:
             echoed = await _echoed(service, prompt, body.logprobs, key)
         answer = None
@@ -208,32 +198,29 @@ async def begin(service: Service, body: CompletionRequest, key: str) -> Completi
                 body,
                 prompt,
                 body.max_tokens or 16,  # OpenAI's, where none is given
+                param="prompt",
                 top_logprobs=body.logprobs,
                 key=key,
             )
             stops = stop_strings(body.stop)
             answer = Answer(service, prompt, requests, partial(_parser, tokenizer, stops))
+            held.callback(answer.close)
         texts.append(Text(tokenizer.decode(prompt), prompt, answer, echoed))
-    id_ = new_id("cmpl")
-    created = int(time.time())
-    return Completion(body, texts, id_, model, created, service.fingerprint, tokenizer)
+    return Completion(body, texts, head, tokenizer)
 
 
-async def _echoed(
-    service: Service, prompt: Sequence[int], count: int, key: str
-) -> list[TokenLogprobs | None]:
+async def _echoed(service: Service, prompt: Sequence[int], count: int, key: str) -> list[Told]:
     """Logprobs of a prompt's tokens: the first has nothing before it."""
-    parts, _, _ = service.ready()
-    sampler = Sampler(Sampling(), parts.tokenizer.vocab_size)
+    sampler = Sampler(Sampling(), service.ready().parts.tokenizer.vocab_size)
     find = sampler.logprobs(max(1, count))
     (stream,) = service.submit([Request(prompt, _never, prompt_logits=True, group=key)])
-    found: list[TokenLogprobs | None] = [TokenLogprobs(prompt[0], 0.0, ())]
+    found: list[Told] = [(prompt[0], None)]
     rows: list[F32] = stream.prompt_logits
     async for _ in service.tokens(stream):
         while rows:
             row, place = rows.pop(0), len(found)
             if place < len(prompt):
-                found.append(find(row, prompt[place]))
+                found.append((prompt[place], find(row, prompt[place])))
     return found
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pyllama_dist.errors import FileError, NodeError, PyllamaError, UsageError
 
 
-@dataclass
+@dataclass(eq=False)
 class ApiError(Exception):
     """An error as clients of OpenAI's API know it.
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pyllama_dist.api.errors import ApiError, of_engine
+from pyllama_dist.api.leaving import unless_gone
 
 log = logging.getLogger(__name__)
 
@@ -25,41 +26,21 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, chunks: AsyncIterator[Mapping[str, Any] | None], held: ExitStack, last: bytes = _DONE
-    ) -> None:
+    def __init__(self, chunks: AsyncIterator[Mapping[str, Any] | None], held: ExitStack) -> None:
         """A stream.
 
         Args:
             chunks: what to send; None for a sign of life.
             held: is closed at the end, whatever happens.
-            last: what is sent after a stream without an error.
         """
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._chunks, self._held, self._last = chunks, held, last
+        self._chunks, self._held = chunks, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        with self._held:
-            sending = asyncio.create_task(self._send(send))
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                sending.cancel()
-
-            watching = asyncio.create_task(watch())
-            try:
-                await sending
-            except asyncio.CancelledError:
-                sending.cancel()
-                with suppress(asyncio.CancelledError):
-                    await sending
-                if not watching.done():  # the server ends, not the client
-                    raise
-            finally:
-                watching.cancel()
+        with self._held, suppress(ApiError):  # it has left
+            await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         async def give(data: bytes, more: bool = True) -> None:
@@ -69,20 +50,20 @@ class EventStream(Response):
 
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        last = self._last
+        last = _DONE
         try:
             async with aclosing(self._chunks) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
-                    await give(_PING if chunk is None else self.event(chunk))
+                    await give(_PING if chunk is None else _event(chunk))
         except ApiError as error:
-            last = self.event(error.body())
+            last = _event(error.body())
         except TimeoutError:
             return
         except Exception as error:
             log.exception("a stream has failed")
-            last = self.event(of_engine(error).body())
+            last = _event(of_engine(error).body())
         await give(last, more=False)
 
-    def event(self, chunk: Mapping[str, Any]) -> bytes:
-        """One event."""
-        return b"data: %b\n\n" % msgspec.json.encode(chunk)
+
+def _event(chunk: Mapping[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(chunk)

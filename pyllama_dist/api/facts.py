@@ -25,17 +25,17 @@ def model(service: Service, name: str) -> Json:
     Raises:
         ApiError: there is none of this name, or it is not ready.
     """
-    parts, engine, _ = service.ready()
+    found = service.ready()
     service.check_model(name)
-    config = parts.file.config
+    config, seq_len = found.parts.file.config, found.engine.seq_len
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "pyllama-dist",
-        "max_model_len": engine.seq_len,
+        "max_model_len": seq_len,
         "meta": {
-            "n_ctx": engine.seq_len,
+            "n_ctx": seq_len,
             "n_ctx_train": config.max_seq_len,
             "n_vocab": config.vocab_size,
         },
@@ -58,8 +58,8 @@ def tokenize(service: Service, body: TokenizeRequest) -> Json:
     Raises:
         ApiError: there is neither.
     """
-    parts, engine, _ = service.ready()
-    tokenizer = parts.tokenizer
+    model = service.ready()
+    tokenizer = model.parts.tokenizer
     if body.messages is not None:
         tokens = list(prompt_of(service, ChatRequest(messages=body.messages)).tokens)
     elif (text := body.content if body.content is not None else body.prompt) is not None:
@@ -73,17 +73,17 @@ def tokenize(service: Service, body: TokenizeRequest) -> Json:
     if body.with_pieces:
         pieces = tokenizer.tokens(tokens)
         found = [{"id": id, "piece": piece} for id, piece in zip(tokens, pieces, strict=True)]
-    return {"tokens": found, "count": len(tokens), "max_model_len": engine.seq_len}
+    return {"tokens": found, "count": len(tokens), "max_model_len": model.engine.seq_len}
 
 
 def detokenize(service: Service, body: DetokenizeRequest) -> Json:
     """The text of tokens."""
-    parts, _, _ = service.ready()
-    wrong = [id for id in body.tokens if id >= parts.tokenizer.vocab_size]
+    tokenizer = service.ready().parts.tokenizer
+    wrong = [id for id in body.tokens if id >= tokenizer.vocab_size]
     if wrong:
-        most = parts.tokenizer.vocab_size - 1
+        most = tokenizer.vocab_size - 1
         raise bad_request(f"{wrong[0]} is no token id from 0 to {most}", "tokens")
-    text = parts.tokenizer.decode(body.tokens)
+    text = tokenizer.decode(body.tokens)
     return {"content": text, "prompt": text}
 
 
@@ -93,16 +93,16 @@ async def nodes(service: Service) -> Sequence[NodeUse]:
     Raises:
         ApiError: the model is not ready, or a node was lost.
     """
-    _, engine, _ = service.ready()
-    spent = engine.root.node.spent
+    model = service.ready()
+    spent = model.engine.root.node.spent
     own = NodeUse(
-        service.node_names[0],
+        model.nodes[0],
         spent.compute_seconds,
         spent.sync_seconds,
         spent.bytes_moved,
         resident_bytes(peak=True),
     )
-    workers = zip(service.node_names[1:], await service.usage(), strict=True)
+    workers = zip(model.nodes[1:], await service.usage(), strict=True)
     return [own, *(NodeUse.of(name, usage) for name, usage in workers)]
 
 
@@ -110,7 +110,7 @@ async def nodes_json(service: Service) -> Json:
     """The same, for the page; a lost node is told, not raised."""
     error = service.failure.message if service.failure else None
     found: Sequence[NodeUse] = ()
-    if error is None and service.engine is not None:
+    if error is None and service.model is not None:
         found = await nodes(service)
         service.last_nodes = found
     else:

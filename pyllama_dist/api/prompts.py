@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from pyllama_dist.api.errors import bad_request, of_engine
-from pyllama_dist.api.requests import ChatRequest, Message, Stops, Tool, text_of
+from pyllama_dist.api.requests import ChatRequest, Message, Stops, text_of
 from pyllama_dist.api.service import Service
 from pyllama_dist.conversation import ModelParts
 from pyllama_dist.errors import PyllamaError
@@ -31,7 +33,7 @@ class Prompt:
 
     def parser(self, parts: ModelParts, stops: Sequence[str]) -> ReplyParser:
         """What turns the tokens of a reply into events; one for each choice."""
-        calls = self.may_call and self.tools and parts.template
+        calls = self.may_call and self.tools
         tool_format = parts.template.tool_format if parts.template and calls else None
         return ReplyParser(self.rendered, parts.tokenizer.added, tool_format, self.tools, stops)
 
@@ -49,7 +51,7 @@ def prompt_of(service: Service, body: ChatRequest) -> Prompt:
     Raises:
         ApiError: the model takes no such conversation.
     """
-    parts, _, _ = service.ready()
+    parts = service.ready().parts
     messages = [_message(message, number) for number, message in enumerate(body.messages)]
     tools = _tools(body)
     if parts.template is None:
@@ -72,30 +74,11 @@ def prompt_of(service: Service, body: ChatRequest) -> Prompt:
 
 def _message(message: Message, number: int) -> dict[str, object]:
     place = f"messages[{number}]"
-    found: dict[str, object] = {"role": message.role, "content": text_of(message, place)}
-    if message.role == "tool":
-        if message.tool_call_id is None:
-            raise bad_request(f"{place} has no tool_call_id", f"{place}.tool_call_id")
-        found["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        found["name"] = message.name
-    if message.role == "assistant":
-        thought = message.reasoning_content or message.reasoning
-        if thought:
-            found["reasoning_content"] = thought
-        if message.tool_calls:
-            found["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": call.function.arguments,
-                    },
-                }
-                for call in message.tool_calls
-            ]
-    return found
+    if message.role == "tool" and message.tool_call_id is None:
+        raise bad_request(f"{place} has no tool_call_id", f"{place}.tool_call_id")
+    fields = msgspec.to_builtins(message).items()
+    given = {name: value for name, value in fields if value is not None}
+    return {**given, "content": text_of(message, place)}
 
 
 def _tools(body: ChatRequest) -> list[dict[str, Any]]:
@@ -106,20 +89,10 @@ def _tools(body: ChatRequest) -> list[dict[str, Any]]:
             continue
         if tool.function is None:
             raise bad_request(f"tools[{number}] has no function", f"tools[{number}].function")
-        tools.append(_function(tool))
+        fields = msgspec.to_builtins(tool.function).items()
+        given = {name: value for name, value in fields if value is not None and name != "strict"}
+        tools.append({"type": "function", "function": given})
     return tools
-
-
-def _function(tool: Tool) -> dict[str, Any]:
-    function = tool.function
-    if function is None:
-        return {}
-    found: dict[str, Any] = {"name": function.name}
-    if function.description is not None:
-        found["description"] = function.description
-    if function.parameters is not None:
-        found["parameters"] = function.parameters
-    return {"type": "function", "function": found}
 
 
 def _variables(body: ChatRequest) -> dict[str, object]:

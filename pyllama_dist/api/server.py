@@ -15,7 +15,7 @@ from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.errors import unavailable
 from pyllama_dist.api.security import Access
-from pyllama_dist.api.service import Service
+from pyllama_dist.api.service import Model, Service
 from pyllama_dist.conversation import ModelParts
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.errors import UsageError
@@ -135,7 +135,8 @@ class _Model:
             n_nodes = len(loaded.nodes)
             service.metrics.describe(__version__, n_nodes, kernels())
             service.fingerprint = f"pyllama-dist-{__version__}-{n_nodes}"
-            loop.call_soon_threadsafe(service.begin, loaded.parts, engine, bridge, loaded.nodes)
+            model = Model(loaded.parts, engine, bridge, loaded.nodes)
+            loop.call_soon_threadsafe(service.begin, model)
             self._end.wait()
 
     def end(self) -> None:

@@ -2,15 +2,15 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from pyllama_dist.api.bridge import Bridge
-from pyllama_dist.api.errors import ApiError, of_engine, unavailable
+from pyllama_dist.api.errors import ApiError, bad_request, of_engine, unavailable
 from pyllama_dist.api.metrics import Metrics, NodeUse
 from pyllama_dist.conversation import ModelParts
 from pyllama_dist.engine.engine import Engine
@@ -19,6 +19,7 @@ from pyllama_dist.engine.stream import Stream
 from pyllama_dist.errors import PyllamaError
 from pyllama_dist.net.messages import Usage
 from pyllama_dist.text.grammar.grammars import Grammars
+from pyllama_dist.text.grammar.thought import ThinkTags
 
 log = logging.getLogger(__name__)
 
@@ -34,26 +35,45 @@ class Limits:
     queue: int  # further ones that may wait
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model that serves: its files, and the engine that runs it.
+
+    Attributes:
+        nodes: their addresses, the root first.
+    """
+
+    parts: ModelParts
+    engine: Engine
+    bridge: Bridge
+    nodes: Sequence[str]
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes grammars for its answers."""
+        return Grammars(self.parts.tokenizer)
+
+    @cached_property
+    def think_tags(self) -> ThinkTags:
+        """How it writes the tags of a thought."""
+        return ThinkTags.of(self.parts.tokenizer)
+
+
 @dataclass
 class Service:
     """A model that is loading, ready, or lost; the loop's thread alone uses it.
 
     Attributes:
-        name: of the model, and further ones that clients may use.
-        parts: the model's files, once it is ready.
-        engine: likewise.
+        names: of the model: its own, and further ones that clients may use.
+        model: None until it is ready.
         failure: why it does not serve any more.
     """
 
     names: Sequence[str]
     limits: Limits
     metrics: Metrics
-    parts: ModelParts | None = None
-    engine: Engine | None = None
-    bridge: Bridge | None = None
-    grammars: Grammars = field(init=False)
+    model: Model | None = None
     failure: ApiError | None = None
-    node_names: Sequence[str] = ("the root",)
     created: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = ""
     last_nodes: Sequence[NodeUse] = ()  # for after a node was lost
@@ -63,36 +83,36 @@ class Service:
     _usage: tuple[float, list[Usage]] = (0.0, [])
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def begin(
-        self, parts: ModelParts, engine: Engine, bridge: Bridge, nodes: Sequence[str]
-    ) -> None:
+    def begin(self, model: Model) -> None:
         """From now on it serves."""
-        self.grammars = Grammars(parts.tokenizer)
-        self.parts, self.engine, self.bridge, self.node_names = parts, engine, bridge, nodes
-        log.info("%s is ready on %d nodes", self.names[0], len(nodes))
+        self.model = model
+        log.info("%s is ready on %d nodes", self.names[0], len(model.nodes))
 
     def stop(self, why: ApiError) -> None:
         """From now on it serves no more; those that wait for an answer are told why."""
         self.failure = self.failure or why
-        if self.bridge is not None:
-            self.bridge.after_step(0, 0.0)
+        if self.model is not None:
+            self.model.bridge.after_step(0, 0.0)
 
     def close(self) -> None:
         """Ends what was started besides the engine."""
-        if self.parts is not None:
-            self.grammars.close()
+        if self.model is not None:
+            self.model.grammars.close()
 
-    def ready(self) -> tuple[ModelParts, Engine, Bridge]:
+    def ready(self) -> Model:
         """What serves.
 
         Raises:
             ApiError: it is loading, or was lost.
         """
-        if self.failure is not None:
-            raise self.failure
-        if self.parts is None or self.engine is None or self.bridge is None:
+        self._refuse_if_lost()
+        if self.model is None:
             raise unavailable("Loading model", "loading")
-        return self.parts, self.engine, self.bridge
+        return self.model
+
+    def _refuse_if_lost(self) -> None:
+        if self.failure is not None:
+            raise replace(self.failure)  # each time anew: an error keeps where it was raised
 
     def check_model(self, name: str | None) -> str:
         """The name that an answer has.
@@ -117,6 +137,8 @@ class Service:
             ApiError: there is none; `Retry-After` says when there may be.
         """
         room = self.limits.parallel + self.limits.queue
+        if count > room:
+            raise bad_request(f"{count} texts at once, {room} at most; send fewer in a request")
         others = len(self._by_key.keys() - {key})
         fair = room if not others else max(count, room - others)  # one place for each other key
         if self._sequences + count > room or self._by_key[key] + count > fair:
@@ -148,7 +170,7 @@ class Service:
         Raises:
             ApiError: they cannot be.
         """
-        _, engine, _ = self.ready()
+        engine = self.ready().engine
         try:
             return engine.submit_all(requests)
         except PyllamaError as error:
@@ -160,11 +182,10 @@ class Service:
         Raises:
             ApiError: the generation failed, or the server ends.
         """
-        _, _, bridge = self.ready()
+        bridge = self.ready().bridge
         try:
             async for tokens in bridge.read(stream):
-                if self.failure is not None:
-                    raise self.failure
+                self._refuse_if_lost()
                 yield tokens
         except PyllamaError as error:
             failed = of_engine(error)
@@ -173,12 +194,12 @@ class Service:
             raise failed from None
         finally:
             stream.close()
-        if stream.finish_reason == "interrupted" and self.failure is not None:
-            raise self.failure
+        if stream.finish_reason == "interrupted":
+            self._refuse_if_lost()
 
     async def usage(self) -> list[Usage]:
         """What steps have cost each worker; at most a second old."""
-        _, engine, _ = self.ready()
+        engine = self.ready().engine
         async with self._asking:
             when, found = self._usage
             if time.monotonic() - when > _USAGE_SECONDS:
@@ -187,11 +208,6 @@ class Service:
                     found = await asyncio.wrap_future(asked)
                 except PyllamaError as error:
                     self.failure = of_engine(error)
-                    raise self.failure from None
+                    raise replace(self.failure) from None
                 self._usage = time.monotonic(), found
             return found
-
-
-def new_id(prefix: str) -> str:
-    """An id that no other answer has."""
-    return f"{prefix}-{secrets.token_hex(12)}"

@@ -56,7 +56,6 @@ class Grammars(Closing):
         format_name: str,
         *,
         required: bool,
-        only: str | None = None,
         parallel: bool = True,
     ) -> Grammar:
         """Answers that call tools with arguments that satisfy their schemas.
@@ -69,7 +68,6 @@ class Grammars(Closing):
             tools: in OpenAI's shape.
             format_name: how the model writes calls, see `calls`.
             required: whether the answer must be a call; else it may be text, calls, or both.
-            only: the only tool that may be called.
             parallel: whether several calls are allowed.
 
         Raises:
@@ -77,10 +75,6 @@ class Grammars(Closing):
                 tokens that the format needs.
         """
         chosen = tools_of(tools)
-        if only is not None:
-            chosen = [tool for tool in chosen if tool.name == only]
-            if not chosen:
-                raise UsageError(f"tool_choice names {only!r}, which is not among the tools")
         if required and not chosen:
             raise UsageError("a tool call is required, but there are no tools; give some")
         source = calls_source(

@@ -1,0 +1,150 @@
+"""Clients that leave, a server that ends, a node that is lost: nothing stays behind."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from pyllama_dist.api.errors import ApiError, unavailable
+from pyllama_dist.errors import NodeError
+from tests.api_server import CHAT, HELLO, error, send, serving, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as running:
+        yield running
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("queued", [False, True])
+def test_l1_a_client_that_leaves_frees_its_place(server, stream, queued):
+    server.say("word " * 100)
+    server.root.pause = 0.02
+    others = []
+    try:
+        for _ in range(4 * queued):  # those that run
+            others.append(send(server, HELLO | {"stream": True}))
+        if queued:
+            wait_until(lambda: server.engine.load.running == 4)
+        leaving = send(server, HELLO | {"stream": stream})
+        wait_until(
+            lambda: server.engine.load.waiting == 1 if queued else server.engine.load.running == 1
+        )
+        leaving.close()
+        if queued:
+            wait_until(lambda: server.engine.load.waiting == 0)
+    finally:
+        for other in others:
+            other.close()
+        server.root.pause = 0.0
+    server.wait_idle()
+
+
+def test_l2_many_that_leave_leave_nothing(server):
+    server.say("word " * 50)
+    threads = threading.active_count()
+    for number in range(100):
+        connection = send(server, HELLO | {"stream": bool(number % 2)})
+        time.sleep(0.003 * (number % 5))
+        connection.close()
+    server.wait_idle()
+    wait_until(lambda: server.service._sequences == 0)
+    assert not server.service._by_key
+    wait_until(lambda: not server.service.model.bridge._readers)
+    assert threading.active_count() <= threads + 1
+
+
+def test_l7_the_queue_has_an_end(server):
+    server.say("word " * 40)
+    server.root.pause = 0.02
+    connections = [send(server, HELLO | {"stream": True}) for _ in range(12)]
+    try:
+        wait_until(lambda: server.engine.load.running + server.engine.load.waiting == 12)
+        with server.client() as client:
+            answer = client.post(CHAT, json=HELLO)
+            assert error(answer, 429)["code"] == "queue_full"
+            assert 1 <= int(answer.headers["retry-after"]) <= 120
+    finally:
+        server.root.pause = 0.0
+        for connection in connections:
+            connection.close()
+    server.wait_idle()
+
+
+def test_l6_before_the_model_is_there():
+    with serving() as running, running.client() as client:
+        model, running.service.model = running.service.model, None
+        answer = client.post(CHAT, json=HELLO)
+        assert error(answer, 503)["code"] == "loading"
+        assert answer.headers["retry-after"]
+        error(client.get("/health"), 503)
+        running.service.model = model
+
+
+def test_l5_a_lost_node_ends_every_stream():
+    with serving() as running, running.client() as client:
+        running.say("word " * 100)
+        running.root.pause = 0.02
+        running.root.fails_at = (20, NodeError("lost worker 10.0.0.2:9990 in phase STEP: gone"))
+        found: list[str] = []
+
+        def ask() -> None:
+            with running.client() as other:
+                found.append(other.post(CHAT, json=HELLO | {"stream": True}).text)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        for text in found:
+            last = json.loads(text.strip().rpartition("data: ")[2])["error"]
+            assert last["code"] == "node_lost"
+            assert "10.0.0.2:9990" in last["message"]
+        assert len(found) == 3
+        assert error(client.get("/health"), 503)["code"] == "node_lost"
+        error(client.post(CHAT, json=HELLO), 503)
+        assert "10.0.0.2:9990" in client.get("/nodes").json()["error"]
+
+
+def test_l4_streams_are_told_that_the_server_ends():
+    with serving() as running:
+        running.say("word " * 200)
+        running.root.pause = 0.02
+        with (
+            running.client() as client,
+            client.stream("POST", CHAT, json=HELLO | {"stream": True}) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            running.service.stop(unavailable("the server ends", "shutting_down"))
+            rest = list(lines)
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+
+
+def test_l1_a_text_that_is_refused_ends_those_before_it(server):
+    server.say("word " * 100)
+    server.root.pause = 0.02
+    try:
+        with server.client() as client:
+            asked = {"prompt": ["Hello", "word " * 2000], "max_tokens": 400, "echo": True}
+            found = error(client.post("/v1/completions", json=asked), 400)
+        assert found["param"] == "prompt"
+        server.wait_idle(2)  # the first text would take eight seconds
+    finally:
+        server.root.pause = 0.0
+
+
+def test_an_error_that_is_told_often_keeps_nothing():
+    with serving() as running, running.client() as client:
+        running.service.stop(unavailable("the server ends", "shutting_down"))
+        for _ in range(3):
+            with pytest.raises(ApiError, match="the server ends"):
+                running.service.ready()
+        assert running.service.failure.__traceback__ is None
+        error(client.get("/health"), 503)
+        assert client.get("/metrics").status_code == 200
