@@ -26,6 +26,9 @@ class ApiError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.message
+
     def body(self) -> dict[str, object]:
         """The error object."""
         fields = {"message": self.message, "type": self.type}
