@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
             assert one.tokens == expected[: len(one.tokens)]
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+Machine.TestCase.settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
 TestMachine = Machine.TestCase
 
 
@@ -197,6 +197,16 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(0, 64)]
     scheduler.end(scheduler.waiting[0])  # nobody overtakes one who waits
     assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(0, 32), (2, 20)]
+
+
+def test_what_a_long_prompt_leaves_is_half_of_what_is_left_to_it():
+    """Not of the whole step: after another prompt that may be more than there is."""
+    root = FakeRoot(n_blocks=500, seq_len=1000, max_rows=256, max_logits=4)
+    scheduler = scheduler_of(root)
+    for number, length in enumerate((200, 100, 16)):
+        scheduler.add(sequence(number, [number] * length))
+    step = run(root, scheduler)
+    assert [(one.number, count) for one, count in step.rows] == [(0, 200), (1, 32), (2, 16)]
 
 
 def test_groups_take_turns_to_start():

@@ -106,7 +106,6 @@ class Scheduler:
     def _prefills(self, budget: int, logits: int) -> list[tuple[Sequence, int]]:
         parts = []
         prompts = [s for s in self.running if s.state is State.PREFILL] + self._queue()
-        short = budget // (2 * self._unit) * self._unit  # what a long prompt leaves to short ones
         overtaken = False
         for place, sequence in enumerate(prompts):
             if budget < min(self._unit, sequence.remaining) or logits < 1:
@@ -117,6 +116,7 @@ class Scheduler:
             if sequence.state is State.WAITING and not self._start(sequence):
                 break
             count, most = sequence.remaining, budget
+            short = budget // (2 * self._unit) * self._unit  # left to prompts that end within it
             if count > most and self._is_one_short(prompts[place + 1 :], short):
                 most, overtaken = budget - short, True
             if sequence.request.prompt_logits:
