@@ -16,14 +16,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pyllama_dist.api import chat, completions, facts, page
+from pyllama_dist.api.dialect import Dialect
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine
 from pyllama_dist.api.events import EventStream
 from pyllama_dist.api.leaving import unless_gone
 from pyllama_dist.api.openapi import describe
 from pyllama_dist.api.requests import (
     BODY_BYTES,
-    ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     decode,
@@ -36,13 +35,16 @@ log = logging.getLogger(__name__)
 _BODY_SECONDS = 30.0  # for a body to arrive
 _T = TypeVar("_T")
 Json = dict[str, Any]
+DIALECTS: Mapping[str, Dialect[Any]] = {
+    "/v1/chat/completions": chat.DIALECT,
+    "/v1/completions": completions.DIALECT,
+}
 
 
 def make_app(service: Service, access: Access) -> ASGIApp:
     """The server's application."""
     endpoints: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
-        "/v1/chat/completions": ("POST", _chat),
-        "/v1/completions": ("POST", _completions),
+        **{path: ("POST", _answered(dialect)) for path, dialect in DIALECTS.items()},
         "/v1/embeddings": ("POST", _no_embeddings),
         "/v1/models": ("GET", _plain(facts.models)),
         "/v1/models/{name:path}": ("GET", _model),
@@ -83,28 +85,19 @@ def _key(request: Request) -> str:
     return key or (request.client.host if request.client else "")
 
 
-async def _chat(request: Request) -> Response:
-    service, body = _service(request), decode(await _read(request), ChatRequest)
-    service.ready()
-    with ExitStack() as stack:
-        stack.enter_context(service.admitted(body.n or 1, _key(request)))
-        begun = chat.begin(service, body, _key(request), stack)
-        started = await unless_gone(request.receive, begun)
-        if body.stream:
-            return EventStream(started.chunks(), stack.pop_all())
-        return _json(await unless_gone(request.receive, started.whole()))
+def _answered(dialect: Dialect[Any]) -> Any:
+    async def endpoint(request: Request) -> Response:
+        service, body = _service(request), decode(await _read(request), dialect.body)
+        service.ready()
+        with ExitStack() as stack:
+            stack.enter_context(service.admitted(dialect.sequences(body), _key(request)))
+            begun = dialect.begin(service, body, _key(request), stack)
+            told = await unless_gone(request.receive, begun)
+            if body.stream:
+                return EventStream(dialect, told, stack.pop_all())
+            return _json(await unless_gone(request.receive, told.whole()))
 
-
-async def _completions(request: Request) -> Response:
-    service, body = _service(request), decode(await _read(request), CompletionRequest)
-    service.ready()
-    with ExitStack() as stack:
-        stack.enter_context(service.admitted(completions.count_of(body), _key(request)))
-        begun = completions.begin(service, body, _key(request), stack)
-        started = await unless_gone(request.receive, begun)
-        if body.stream:
-            return EventStream(started.chunks(), stack.pop_all())
-        return _json(await unless_gone(request.receive, started.whole()))
+    return endpoint
 
 
 def _with_body(kind: type[_T], answer: Callable[[Service, _T], Json]) -> Any:

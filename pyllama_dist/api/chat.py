@@ -3,9 +3,9 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from pyllama_dist.api.answer import Answer, Ended, Head, Item, Piece, Ping, Progress, requests_of
+from pyllama_dist.api.dialect import Dialect, Json
 from pyllama_dist.api.errors import bad_request
 from pyllama_dist.api.guides import constraint_of
 from pyllama_dist.api.prompts import prompt_of, stop_strings
@@ -15,8 +15,6 @@ from pyllama_dist.engine.sampler import TokenLogprobs
 from pyllama_dist.text.events import CallArguments, CallStart, Content, Event, Reasoning
 from pyllama_dist.text.reply import Reply
 from pyllama_dist.text.tokenizer import Tokenizer
-
-Json = dict[str, Any]
 
 
 @dataclass
@@ -215,3 +213,6 @@ def _check(body: ChatRequest) -> None:
         raise bad_request("max_tokens is 0; ask for one at least", "max_tokens")
     if set(body.modalities or ()) - {"text"}:
         raise bad_request("modalities: this model writes text only", "modalities")
+
+
+DIALECT = Dialect(ChatRequest, lambda body: body.n or 1, begin)

@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 from pyllama_dist.api.answer import Answer, Ended, Head, Piece, requests_of
+from pyllama_dist.api.dialect import Dialect, Json
 from pyllama_dist.api.errors import bad_request, of_engine
 from pyllama_dist.api.prompts import stop_strings
 from pyllama_dist.api.requests import CompletionRequest
@@ -20,7 +20,6 @@ from pyllama_dist.text.events import Content
 from pyllama_dist.text.reply import ReplyParser
 from pyllama_dist.text.tokenizer import Tokenizer
 
-Json = dict[str, Any]
 _PROMPTS = 64
 _INFIX = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")  # as GLM-4 names them
 
@@ -278,3 +277,6 @@ def _ids(value: object, tokenizer: Tokenizer, place: str) -> list[int]:
             f"{place}: {wrong[0]} is no token id from 0 to {tokenizer.vocab_size - 1}", place
         )
     return value
+
+
+DIALECT = Dialect(CompletionRequest, count_of, begin)

@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pyllama_dist.api.dialect import Dialect, Told
 from pyllama_dist.api.errors import ApiError, of_engine
 from pyllama_dist.api.leaving import unless_gone
 
@@ -18,24 +17,18 @@ log = logging.getLogger(__name__)
 _SEND_SECONDS = 60.0  # for a client to take a piece
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _PING = b": ping\n\n"
-_DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Events, each a JSON object; a client that leaves, or takes nothing, ends them."""
+    """An answer as it comes; a client that leaves, or takes nothing, ends it."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[Mapping[str, Any] | None], held: ExitStack) -> None:
-        """A stream.
-
-        Args:
-            chunks: what to send; None for a sign of life.
-            held: is closed at the end, whatever happens.
-        """
+    def __init__(self, dialect: Dialect[Any], told: Told, held: ExitStack) -> None:
+        """A stream; `held` is closed at its end, whatever happens."""
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._chunks, self._held = chunks, held
+        self._dialect, self._told, self._held = dialect, told, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -50,20 +43,16 @@ class EventStream(Response):
 
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        last = _DONE
+        dialect, last = self._dialect, self._dialect.last
         try:
-            async with aclosing(self._chunks) as chunks:  # type: ignore[type-var]
+            async with aclosing(self._told.chunks()) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
-                    await give(_PING if chunk is None else _event(chunk))
+                    await give(_PING if chunk is None else dialect.event(chunk))
         except ApiError as error:
-            last = _event(error.body())
+            last = dialect.event(dialect.error(error))
         except TimeoutError:
             return
         except Exception as error:
             log.exception("a stream has failed")
-            last = _event(of_engine(error).body())
+            last = dialect.event(dialect.error(of_engine(error)))
         await give(last, more=False)
-
-
-def _event(chunk: Mapping[str, Any]) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(chunk)

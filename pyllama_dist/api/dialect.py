@@ -1,0 +1,66 @@
+"""A dialect: how clients of one API ask for text, and how they are told it."""
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from pyllama_dist.api.errors import ApiError
+from pyllama_dist.api.service import Service
+
+Json = dict[str, Any]
+_B = TypeVar("_B", bound="Body")
+
+
+class Body(Protocol):
+    """What a request for text has in every dialect."""
+
+    stream: bool | None
+
+
+class Told(Protocol):
+    """An answer that has begun."""
+
+    async def whole(self) -> Json:
+        """The answer in one piece.
+
+        Raises:
+            ApiError: the generation failed.
+        """
+        ...
+
+    def chunks(self) -> AsyncIterator[Json | None]:
+        """The answer piece by piece; None if nothing has happened for some time.
+
+        Raises:
+            ApiError: the generation failed.
+        """
+        ...
+
+
+def data_event(chunk: Mapping[str, Any]) -> bytes:
+    """A server-sent event that has no name."""
+    return b"data: %b\n\n" % msgspec.json.encode(chunk)
+
+
+@dataclass(frozen=True)
+class Dialect(Generic[_B]):
+    """One API.
+
+    Attributes:
+        body: of its requests.
+        sequences: that a request needs.
+        begin: begins an answer for a client, named by its key; the stack ends it.
+        error: the object that tells an error.
+        event: an object of a stream as it travels.
+        last: what ends a stream that did not fail.
+    """
+
+    body: type[_B]
+    sequences: Callable[[_B], int]
+    begin: Callable[[Service, _B, str, ExitStack], Coroutine[Any, Any, Told]]
+    error: Callable[[ApiError], Json] = ApiError.body
+    event: Callable[[Mapping[str, Any]], bytes] = data_event
+    last: bytes = b"data: [DONE]\n\n"
