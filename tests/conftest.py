@@ -270,6 +270,20 @@ def _threads() -> set[threading.Thread]:
     return {thread for thread in threads if not isinstance(thread, GarbageCollectorThread)}
 
 
+def _children() -> set[psutil.Process]:
+    """The processes that this one has started; by the kernel's list, where it keeps one."""
+    try:
+        lists = [task / "children" for task in Path("/proc/self/task").iterdir()]
+        pids = [int(pid) for one in lists for pid in one.read_text().split()]
+    except OSError:
+        return set(psutil.Process().children())
+    found = set()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found.add(psutil.Process(pid))
+    return found
+
+
 def _sockets() -> set[str]:
     """The sockets of this process, those with abstract names included; where Linux shows them."""
     try:
@@ -286,12 +300,12 @@ def _sockets() -> set[str]:
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
     """Threads, child processes and sockets end with the test that started them."""
-    threads, processes = _threads(), set(psutil.Process().children(recursive=True))
+    threads, processes = _threads(), _children()
     sockets = _sockets()
     yield
     for thread in _threads() - threads:
         thread.join(5)
-    started = set(psutil.Process().children(recursive=True)) - processes
+    started = _children() - processes
     _, alive = psutil.wait_procs(started, timeout=5) if started else ([], [])
     left = [thread.name for thread in _threads() - threads]
     assert not left, f"threads left behind: {left}"

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Library
 
 from pyllama_dist.text.special import MARK, Breaker, Rendered
 from pyllama_dist.text.tokenizer import Tokenizer
+from tests.tiers import slow_but
 
 LEGACY = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 FOLDED = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -27,6 +28,8 @@ PRE_TOKENIZERS = {
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace("▁", "first", False)]
     ),
 }
+# Both put a space first: where the second one does, see `LibraryVocabulary.encode`.
+PAIRS = [pair for pair in product(NORMALIZERS, PRE_TOKENIZERS) if pair != ("legacy", "parts")]
 PLAIN = "<s>User|im_end x1é"
 WORDS = [
     "<s>",
@@ -67,8 +70,7 @@ def library_of(normalizer: str, pre_tokenizer: str) -> Library:
 
 @pytest.mark.parametrize(
     ("normalizer", "pre_tokenizer"),
-    # Both put a space first: where the second one does, see `LibraryVocabulary.encode`.
-    [pair for pair in product(NORMALIZERS, PRE_TOKENIZERS) if pair != ("legacy", "parts")],
+    slow_but(PAIRS[::5], PAIRS),
 )
 @given(flags=flags, prompt=prompts)
 def test_prompts_are_the_librarys(

@@ -411,6 +411,7 @@ def test_memory_is_read_by_threads_that_share_it():
         MemoryReader(3, TURN)
 
 
+@pytest.mark.slow
 def test_nodes_on_this_machine_are_counted_and_their_memory_is_seen():
     config = shapes.config_of("tiny")
     cluster = Cluster(local_workers=1, n_threads=1, max_seq_len=16)
@@ -505,6 +506,7 @@ def cli(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_shape(cli):
     code, out, err = cli("--shape tiny -p 8,40 -n 2 -d 0,16 -r 2 -t 1 -o json")
     assert code == 0, err

@@ -100,6 +100,7 @@ def places(threads):
 
 
 @needs_linux
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_the_nodes_of_a_cluster_keep_their_places(two_cpus, monkeypatch):
     first, second = ({frozenset({cpu})} for cpu in two_cpus)

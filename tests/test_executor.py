@@ -20,6 +20,7 @@ from pyllama_kernels import layout, team
 from pyllama_kernels.attention import MOST
 from pyllama_kernels.entries import ENTRIES
 from pyllama_kernels.pages import KV_BLOCK, read_positions
+from tests.tiers import slow_but
 
 WEIGHTS = pytest.mark.parametrize(
     "float_type", [FloatType.F32, FloatType.Q40, FloatType.Q80], ids=lambda t: t.name
@@ -160,7 +161,7 @@ def test_batches_and_decode_steps_are_the_same_on_any_number_of_threads(tiny, ca
 
 
 @CACHES
-@pytest.mark.parametrize("n_kv_heads", [2, 3, 5])
+@pytest.mark.parametrize("n_kv_heads", slow_but([3], [2, 3, 5]))
 @pytest.mark.parametrize("arch", [Arch.GLM4, Arch.QWEN3], ids=lambda a: a.name)
 def test_threads_share_the_heads_of_a_short_context(tiny, run_of, arch, n_kv_heads, cache):
     """Where it is worth it: the other models here are too small."""
@@ -597,7 +598,7 @@ def test_results_do_not_depend_on_where_blocks_lie_or_on_neighbours(tiny, arch, 
 
 
 @CACHES
-@pytest.mark.parametrize("make", [compiled, plain], ids=["compiled", "plain"])
+@pytest.mark.parametrize("make", slow_but([compiled], [compiled, plain]))
 def test_a_sequence_goes_on_from_copies_of_anothers_blocks(tiny, run_of, make, cache):
     """A beginning is shared: its whole block as it is, the one that is begun as a copy."""
     cache_type = FloatType.F32 if cache is FloatType.F32 else FloatType.Q40

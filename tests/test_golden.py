@@ -71,6 +71,7 @@ def test_greedy_tokens_are_those_of_transformers(golden, n_nodes):
     assert tokens == greedy
 
 
+@pytest.mark.slow
 def test_reference_kernels_give_the_logits_of_transformers(golden, monkeypatch):
     monkeypatch.setenv("PYLLAMA_KERNELS", "reference")
     model, expected = golden

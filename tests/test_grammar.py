@@ -25,6 +25,7 @@ from pyllama_dist.text.grammar.grammars import Grammars
 from pyllama_dist.text.grammar.thought import AfterThought, ThinkTags
 from pyllama_dist.text.scored import ScoredVocabulary
 from pyllama_dist.text.tokenizer import Tokenizer
+from tests.tiers import slow_but
 
 BUILTIN = Path(pyllama_dist.__file__).parent / "builtin"
 ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -348,7 +349,7 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("name", slow_but(["alternatives"], BOMBS))
 def test_x5_bombs_are_refused_at_once(tiny, name):
     with Grammars(tiny) as grammars:
         said = refusal(lambda: grammars.json_schema(BOMBS[name]))

@@ -253,7 +253,11 @@ EVERY = pytest.mark.parametrize(
     "isa",
     [
         pytest.param(
-            name, marks=pytest.mark.skipif(name not in HERE, reason=f"the CPU cannot run {name}")
+            name,
+            marks=[
+                pytest.mark.skipif(name not in HERE, reason=f"the CPU cannot run {name}"),
+                *([pytest.mark.slow] if name != HERE[0] else []),
+            ],
         )
         for name in NAMES
     ],
@@ -323,6 +327,7 @@ def has_fma(isa: str) -> bool:
     return isa != cpu.PORTABLE or bool(cpu.features() & {"fma", "neon"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", ROWS)
 def test_cpus_agree_to_the_last_bit(n_rows):
     batch, weight, bias = large(n_rows, 7, 45)

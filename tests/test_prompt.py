@@ -118,6 +118,7 @@ def test_two_interrupts_in_a_row_leave(prompt: Terminal) -> None:
     assert prompt.process.wait(20) != 0
 
 
+@pytest.mark.slow
 def test_a_chat_goes_on_after_an_interrupt() -> None:
     with terminal("-m", "pyllama_dist", "root", "--temperature", "0") as chat:
         chat.wait_for(rb"> ")

@@ -12,7 +12,7 @@ from tests.test_processes import (
     run,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 ASK = [*LONG, "--steps", "100"]
 

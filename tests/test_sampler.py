@@ -114,7 +114,7 @@ def test_topp_draws_from_the_smallest_set_that_reaches_it(logits, temperature, t
     probabilities /= probabilities.sum()
     for token in draws(Sampling(temperature, topp, seed), logits, 5):
         more_likely = probabilities[probabilities > probabilities[token]].sum()
-        assert more_likely < topp + 1e-9
+        assert more_likely < topp + 1e-6  # tokens that differ by less are equal in float32
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from pyllama_dist.engine.blocks import BlockPool
@@ -18,6 +19,7 @@ from pyllama_dist.engine.scheduler import Scheduler, Step
 from pyllama_dist.engine.sequence import Request, Sequence, State
 from pyllama_kernels.pages import KV_BLOCK
 from tests.fake_root import FakeRoot
+from tests.tiers import slow_but
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -152,8 +154,10 @@ class Machine(RuleBasedStateMachine):
             assert one.tokens == expected[: len(one.tokens)]
 
 
-Machine.TestCase.settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
-TestMachine = Machine.TestCase
+@pytest.mark.parametrize("examples", slow_but([100], [100, 400]))
+def test_the_machine(examples):
+    machine = settings(max_examples=examples, stateful_step_count=30, deadline=None)
+    run_state_machine_as_test(Machine, settings=machine)
 
 
 def test_those_that_decode_come_first_and_a_prompt_fills_the_rest():

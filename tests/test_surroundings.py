@@ -16,6 +16,7 @@ from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.errors import SystemLimitError, refused_by_system
 from pyllama_dist.formats.atomic_write import atomic_write
 from pyllama_kernels import jit
+from tests.tiers import slow_but
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -77,7 +78,7 @@ def commands(tmp_path):
 
 QUICK = ("tokenize",)
 REST = ("inspect", "root", "help", "doctor", "convert", "logits", "json", "bench")
-EACH = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+EACH = slow_but(QUICK, [*QUICK, *REST])
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -110,13 +111,14 @@ def test_closed_input(run, tmp_path, name):
     assert "error" not in err
 
 
+@pytest.mark.slow
 def test_a_chat_with_closed_input_ends(run):
     code, out, err = run("root", redirect="<&-")
     assert (code, out) == (0, b"")
     assert "error" not in err
 
 
-@pytest.mark.parametrize("name", ["inspect", pytest.param("root", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["inspect"], ["inspect", "root"]))
 def test_who_reads_the_results_goes(run, tmp_path, name):
     args = (*commands(tmp_path)["inspect"], "--tensors") if name == "inspect" else HELLO
     code, _, err = run(*args, redirect="| head -c0; exit ${PIPESTATUS[0]}")
@@ -131,6 +133,7 @@ def test_without_arguments_there_is_help(run):
     assert "error" not in err
 
 
+@pytest.mark.slow
 def test_what_is_read_and_is_no_text(run):
     code, out, err = run("root", stdin=b"hello " + NO_TEXT + b"\n")
     assert code == 0
@@ -138,6 +141,7 @@ def test_what_is_read_and_is_no_text(run):
     assert "error" not in err
 
 
+@pytest.mark.slow
 def test_text_of_the_command_line_that_is_no_text(run):
     _, expected, _ = run("tokenize", "hello \N{REPLACEMENT CHARACTER}", "--json")
     code, out, _ = run("tokenize", b"hello " + NO_TEXT, "--json")
@@ -147,6 +151,7 @@ def test_text_of_the_command_line_that_is_no_text(run):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_language_that_the_terminal_cannot_show(run):
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     code, out, err = run("doctor", **ascii_only)
@@ -171,20 +176,20 @@ def odd(directory: Path) -> Path:
     return directory / os.fsdecode(b"name" + NO_TEXT)
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (("inspect",), 3),
-        (("tokenize", "hi", "--model"), 3),
-        ((*HELLO, "--model"), 3),
-        ((*HELLO, "--tokenizer"), 3),
-        ((*HELLO, "--workers"), 2),
-        (("bench", "--shape"), 2),
-        (("convert",), 2),
-        (("worker", "--host"), 2),
-        ((), 2),
-    ],
-)
+ODD_NAMES = [
+    (("inspect",), 3),
+    (("tokenize", "hi", "--model"), 3),
+    ((*HELLO, "--model"), 3),
+    ((*HELLO, "--tokenizer"), 3),
+    ((*HELLO, "--workers"), 2),
+    (("bench", "--shape"), 2),
+    (("convert",), 2),
+    (("worker", "--host"), 2),
+    ((), 2),
+]
+
+
+@pytest.mark.parametrize(("args", "expected"), slow_but(ODD_NAMES[:1], ODD_NAMES))
 def test_a_name_that_is_no_text_is_quoted(run, tmp_path, args, expected):
     code, _, err = run(*args, odd(tmp_path))
     assert code == expected
@@ -207,6 +212,7 @@ def test_a_model_whose_name_is_no_text(run, tmp_path):
     only_line(err)
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_full_disk_under_logits(run, tmp_path):
     code, _, err = run("logits", "--tokens", "1,2", "--out", "/dev/full")
@@ -229,6 +235,7 @@ def test_logits_that_are_too_large_leave_no_file(run, tmp_path):
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_logits_to_a_pipe(run):
     code, out, _ = run("logits", "--tokens", "1,2", "--out", "/dev/stdout", redirect="| head -c 6")
     assert code == 0

@@ -46,6 +46,7 @@ from pyllama_dist.program import (
 )
 from pyllama_dist.validate import check_batch, check_program
 from pyllama_kernels.pages import KV_BLOCK
+from tests.tiers import slow_but
 
 Q40, Q80, F32, F16 = FloatType.Q40, FloatType.Q80, FloatType.F32, FloatType.F16
 
@@ -53,7 +54,7 @@ Q40, Q80, F32, F16 = FloatType.Q40, FloatType.Q80, FloatType.F32, FloatType.F16
 @pytest.mark.parametrize("arch", list(Arch))
 @pytest.mark.parametrize("weights_type", [F32, Q40, Q80])
 @pytest.mark.parametrize("sync", [F32, Q80])
-@pytest.mark.parametrize("n_nodes", range(1, 9))
+@pytest.mark.parametrize("n_nodes", slow_but([1, 3, 8], range(1, 9)))
 def test_programs_of_models_are_accepted(tiny, arch, weights_type, sync, n_nodes):
     for program in tiny(arch=arch, weights=weights_type).programs(n_nodes, sync=sync):
         check_program(program)

@@ -7,8 +7,11 @@ import pytest
 
 
 def slow_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter, of which only the quick ones are tested by default."""
+    """Values of a parameter, or tuples of several; only the quick ones are tested by default."""
     kept = list(quick)
     return [
-        value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values
+        value
+        if value in kept
+        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
+        for value in values
     ]
