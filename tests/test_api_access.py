@@ -8,6 +8,7 @@ import pytest
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
 from tests.api_server import CHAT, HELLO, error, serving
+from tests.tiers import slow_but
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -54,16 +55,19 @@ ROUTES = [
 ]
 
 
+WRONG_KEYS: list[dict[str, str]] = [
+    {},
+    {"authorization": "Bearer wrong"},
+    {"authorization": "secret"},
+    {"authorization": "Basic secret"},
+    {"authorization": "Bearer x y"},
+    {"x-api-key": "wrong"},
+]
+
+
 @pytest.mark.parametrize(
     "headers",
-    [
-        {},
-        {"authorization": "Bearer wrong"},
-        {"authorization": "secret"},
-        {"authorization": "Basic secret"},
-        {"authorization": "Bearer x y"},
-        {"x-api-key": "wrong"},
-    ],
+    slow_but(WRONG_KEYS[:2], WRONG_KEYS),
     ids=str,
 )
 @pytest.mark.parametrize(("method", "path"), ROUTES)

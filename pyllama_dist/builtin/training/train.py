@@ -27,6 +27,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 
+from pyllama_dist.formats.dllama.model_file import ModelFile
+from pyllama_dist.models import ARCHITECTURES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -129,11 +132,29 @@ def train(
     raise AssertionError("the data never ends")
 
 
+def weights_of(start: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, or of a model directory as the engine reads it."""
+    if (start / "model.safetensors").exists():
+        return load_file(start / "model.safetensors")
+    with ModelFile.open(start / "model.m", ARCHITECTURES) as file:
+        found = {name: torch.tensor(file.float32(name)) for name in file.tensors}
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": weight
+        for name, weight in found.items()
+    }
+    for name in [name for name in weights if ".gate_proj." in name]:
+        halves = weights.pop(name), weights.pop(name.replace("gate", "up"))
+        weights[name.replace("gate", "gate_up")] = torch.cat(halves)
+    return weights
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="directory for the checkpoint")
     parser.add_argument("--minutes", type=float, default=42, help="time to train (default: 42)")
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from, with its tokenizer")
+    parser.add_argument(
+        "--start", type=Path, help="checkpoint or model directory to go on from, with its tokenizer"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -154,7 +175,7 @@ def main() -> None:
         network.Shape(math.ceil(tokenizer.get_vocab_size() / 32) * 32), dropout=0.1
     )
     if args.start:
-        model.load_state_dict(load_file(args.start / "model.safetensors"))
+        model.load_state_dict(weights_of(args.start))
     peak = PEAK_RATE * (2 / 3 if args.start else 1)
     steps = train(model, batches(teacher, encoder), exam, args.out, args.minutes, peak)
     network.save(model, args.out, exam.eos)
