@@ -5,9 +5,10 @@ import socket
 
 import pytest
 
+from pyllama_dist.api.request_log import JsonLines
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
-from tests.api_server import CHAT, HELLO, error, serving
+from tests.api_server import CHAT, HELLO, error, serving, wait_until
 from tests.tiers import slow_but
 
 pytestmark = pytest.mark.timeout(120)
@@ -152,6 +153,38 @@ def test_x8_the_log_has_neither_prompt_nor_key(keyed, caplog):
     assert CHAT in caplog.text
     assert "swordfish" not in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_logged_once_when_it_is_over(server, client, caplog, stream):
+    caplog.set_level("INFO", logger="pyllama_dist.api.request_log")
+    server.say("Hello.")
+    server.root.pause = 0.02
+    answer = client.post(CHAT, json=HELLO | {"stream": stream}, headers={"x-request-id": "abc"})
+    wait_until(lambda: caplog.records)
+    (record,) = caplog.records
+    fields = json.loads(JsonLines().format(record))
+    assert fields["path"] == CHAT
+    assert fields["status"] == 200
+    assert fields["request_id"] == "abc"
+    assert fields["seconds"] > 0.02
+    assert fields["finish"] == "stop"
+    if not stream:
+        usage = answer.json()["usage"]
+        assert fields["prompt_tokens"] == usage["prompt_tokens"]
+        assert fields["completion_tokens"] == usage["completion_tokens"]
+
+
+def test_what_is_refused_is_logged_too(keyed, caplog):
+    caplog.set_level("INFO", logger="pyllama_dist.api.request_log")
+    with keyed.client() as client:
+        client.get("/v1/models")
+        client.get("/a%0Ab", headers={"x-api-key": "secret"})
+    wait_until(lambda: len(caplog.records) == 2)
+    refused, unknown = caplog.records
+    assert refused.fields["status"] == 401
+    assert unknown.fields["status"] == 404
+    assert "\n" not in unknown.getMessage()
 
 
 @pytest.mark.parametrize("id_", ["abc-123", "x" * 64])

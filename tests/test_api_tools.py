@@ -6,7 +6,7 @@ import pytest
 
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
-from tests.api_server import CHAT, error, events, serving
+from tests.api_server import CHAT, HELLO, error, events, serving
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -134,6 +134,18 @@ def test_t16_a_call_that_is_required_comes(choice, name):
     assert name in (None, call["name"])
     if call["name"] == "get_weather":
         assert isinstance(json.loads(call["arguments"])["days"], int)
+
+
+@pytest.mark.parametrize(("own", "longest"), [(None, 3), (5, 5)])
+def test_a_thought_ends_when_its_budget_is_spent(own, longest):
+    with serving(ACCESS, Limits(4, 8, thinking=3)) as server, server.client() as client:
+        server.say("<think>one two three four five six seven", end=False)
+        asked = HELLO | {"max_tokens": 40}
+        message = client.post(CHAT, json=asked | {"thinking_budget": own}).json()["choices"][0][
+            "message"
+        ]
+        thought = server.parts.tokenizer.encode(message["reasoning_content"])
+    assert 0 < len(thought) <= longest
 
 
 def test_t16_none_is_none(server, client):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine
+from pyllama_dist.api.request_log import spend
 from pyllama_dist.api.requests import Sampled
 from pyllama_dist.api.service import Service
 from pyllama_dist.engine.sampler import F32, Sampler, Sampling, TokenLogprobs
@@ -220,6 +221,8 @@ class Answer:
             choice.stream.close()
         timings = [choice.stream.timings for choice in self.choices]
         self._service.metrics.ended(self._reason, timings, time.monotonic() - self._arrived)
+        generated = sum(one.generated_tokens for one in timings)
+        spend(len(self.prompt), self.cached_tokens, generated, self._reason)
 
     async def _follow(
         self, choice: Choice, queue: "asyncio.Queue[Item | ApiError]", progress: bool

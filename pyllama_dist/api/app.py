@@ -1,8 +1,6 @@
 """Routes: which path is answered by what, and how answers travel."""
 
 import asyncio
-import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
@@ -21,6 +19,7 @@ from pyllama_dist.api.errors import ApiError, bad_request, of_engine
 from pyllama_dist.api.events import EventStream
 from pyllama_dist.api.leaving import unless_gone
 from pyllama_dist.api.openapi import describe
+from pyllama_dist.api.request_log import RequestLog
 from pyllama_dist.api.requests import (
     BODY_BYTES,
     DetokenizeRequest,
@@ -29,8 +28,6 @@ from pyllama_dist.api.requests import (
 )
 from pyllama_dist.api.security import Access, Gate
 from pyllama_dist.api.service import Service
-
-log = logging.getLogger(__name__)
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _T = TypeVar("_T")
@@ -60,7 +57,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     }
     app = Starlette(
         routes=[
-            Route(path, _logged(path, endpoint), methods=[method])
+            Route(path, endpoint, methods=[method])
             for path, (method, endpoint) in endpoints.items()
         ],
         exception_handlers={
@@ -71,7 +68,8 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     )
     app.state.service = service
     app.router.redirect_slashes = False
-    return Gate(app, access)
+    paths = {endpoint: path for path, (_, endpoint) in endpoints.items()}
+    return RequestLog(Gate(app, access), paths, service.metrics)
 
 
 def _service(request: Request) -> Service:
@@ -149,35 +147,6 @@ async def _page(request: Request) -> Response:
         raise HTTPException(404)
     content, media_type = found
     return Response(content, media_type=media_type, headers=dict(page.HEADERS))
-
-
-def _logged(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
-    """The endpoint; what it answers is counted by its route, never by the path that was sent."""
-
-    async def counted(request: Request) -> Response:
-        started, status = time.monotonic(), 500
-        try:
-            response = await endpoint(request)
-            status = response.status_code
-            return response
-        except ApiError as error:
-            status = error.status
-            raise
-        except HTTPException as error:
-            status = error.status_code
-            raise
-        finally:
-            _service(request).metrics.http(path, request.method, status)
-            log.info(
-                "%s %s %d in %.3f s, request %s",
-                request.method,
-                path,
-                status,
-                time.monotonic() - started,
-                request.state.request_id,
-            )
-
-    return counted
 
 
 async def _of_api(request: Request, error: Exception) -> Response:

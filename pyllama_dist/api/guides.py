@@ -26,11 +26,12 @@ async def constraint_of(service: Service, body: ChatRequest, prompt: Prompt) -> 
     """
     form = _format(body)
     build = form or _calls(service, body, prompt)
-    if build is None and body.thinking_budget is None:
+    budget = service.limits.thinking if body.thinking_budget is None else body.thinking_budget
+    if build is None and budget is None:
         return None
     try:
         # A schema may take a second to check, in which other answers go on.
-        return await asyncio.to_thread(_constrain, service, build, prompt, body.thinking_budget)
+        return await asyncio.to_thread(_constrain, service, build, prompt, budget)
     except PyllamaError as error:
         failed = of_engine(error)
         failed.param = "response_format" if form else "tools"

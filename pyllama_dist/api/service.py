@@ -33,6 +33,7 @@ class Limits:
 
     parallel: int  # sequences that run at once
     queue: int  # further ones that may wait
+    thinking: int | None = None  # tokens of a thought, where a request says nothing of it
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`pyllama-dist api`."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -58,6 +59,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @option("--trust-network", is_flag=True, help="Listen beyond this machine without a key.")
 @option("--allowed-host", multiple=True, help="Name of this machine in the address of clients.")
 @option("--cors-origin", multiple=True, help="Web page of another site that may ask.")
+@option(
+    "--thinking-budget",
+    type=click.IntRange(0),
+    help="Tokens after which a thought is ended, where a request does not say.",
+)
+@option("--log-json", is_flag=True, help="Write each line of the log as a JSON object.")
 @option("--alias", multiple=True, help="Further name of the model.")
 def command(
     model: Path | None,
@@ -71,6 +78,8 @@ def command(
     trust_network: bool,
     allowed_host: tuple[str, ...],
     cors_origin: tuple[str, ...],
+    thinking_budget: int | None,
+    log_json: bool,
     alias: tuple[str, ...],
     **cluster_settings: Any,
 ) -> None:
@@ -80,6 +89,7 @@ def command(
     """
     try:
         from pyllama_dist.api.metrics import Metrics
+        from pyllama_dist.api.request_log import JsonLines
         from pyllama_dist.api.security import Access
         from pyllama_dist.api.server import Loaded, serve
         from pyllama_dist.api.service import Limits, Service
@@ -110,7 +120,11 @@ def command(
                 root = stack.enter_context(open_root(parts.file, cluster, progress))
             yield Loaded(parts, root, root.names)
 
-    service = Service((name, *alias), Limits(parallel, max_queue), Metrics(name))
+    if log_json:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+    limits = Limits(parallel, max_queue, thinking_budget)
+    service = Service((name, *alias), limits, Metrics(name))
     serve(service, Access(keys, (host, *allowed_host), cors_origin), load, host, port)
 
 
