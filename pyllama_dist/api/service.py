@@ -87,7 +87,8 @@ class Service:
     def begin(self, model: Model) -> None:
         """From now on it serves."""
         self.model = model
-        log.info("%s is ready on %d nodes", self.names[0], len(model.nodes))
+        n = len(model.nodes)
+        log.info("%s is ready on %d node%s", self.names[0], n, "s" * (n > 1))
 
     def stop(self, why: ApiError) -> None:
         """From now on it serves no more; those that wait for an answer are told why."""
