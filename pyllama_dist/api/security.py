@@ -38,7 +38,7 @@ class Access:
 
 
 class Gate:
-    """An application behind its checks. Adds `x-request-id` to every answer."""
+    """An application behind its checks. Adds the request's id to every answer."""
 
     def __init__(
         self, app: ASGIApp, access: Access, error_object: Callable[[Scope, ApiError], Any]
@@ -61,7 +61,8 @@ class Gate:
         id_ = given if given and _ID.fullmatch(given) else secrets.token_hex(8).encode()
         origin = headers.one(b"origin")
         shared = origin is not None and origin.decode("latin-1") in self._access.origins
-        extra = [(b"x-request-id", id_), (b"x-content-type-options", b"nosniff")]
+        extra = [(b"x-request-id", id_), (b"request-id", id_)]  # OpenAI's name, Anthropic's
+        extra += [(b"x-content-type-options", b"nosniff")]
         if shared and origin is not None:
             extra += [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
 
