@@ -62,7 +62,7 @@ class Message:
         Raises:
             ApiError: the generation failed.
         """
-        blocks = Blocks()
+        blocks = ContentBlocks()
         yield {"type": "message_start", "message": self._message([])}
         async for item in self.answer.items():
             match item:
@@ -110,7 +110,7 @@ class Message:
         }
 
 
-class Blocks:
+class ContentBlocks:
     """Tells the events of a reply as those of content blocks, of which one at a time is open."""
 
     def __init__(self) -> None:
