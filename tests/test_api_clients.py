@@ -1,4 +1,4 @@
-"""The official client of OpenAI's API, strict, against a server process with two workers."""
+"""Official clients, strict, against a server process with two workers: OpenAI's, Anthropic's."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import anthropic
 import openai
 import psutil
 import pytest
@@ -133,6 +134,57 @@ def test_l8_a_client_that_gives_up_leaves_nothing(client, url):
     while _running(client, url):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+MESSAGE = {
+    "model": "builtin",
+    "max_tokens": 200,
+    "messages": QUESTION,
+    "extra_body": {"temperature": 0},
+}
+
+
+@pytest.fixture
+def claude(url):
+    with anthropic.Anthropic(
+        base_url=url, api_key="secret", _strict_response_validation=True, max_retries=0
+    ) as client:
+        yield client
+
+
+def test_p8_a_message_of_anthropics(claude, client):
+    message = claude.messages.create(**MESSAGE)
+    assert "42" in message.content[0].text
+    assert message.content[0].text == ask(client).choices[0].message.content
+    assert message.stop_reason == "end_turn"
+    counted = claude.messages.count_tokens(model="builtin", messages=QUESTION)
+    usage = message.usage
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+
+
+def test_p8_a_stream_of_anthropics(claude):
+    whole = claude.messages.create(**MESSAGE)
+    with claude.messages.stream(**MESSAGE) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        final = stream.get_final_message()
+    assert final.stop_reason == whole.stop_reason
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    with claude.messages.stream(**MESSAGE | {"max_tokens": 2}) as stream:
+        assert stream.get_final_message().stop_reason == "max_tokens"
+
+
+def test_p8_errors_of_anthropics(claude, url):
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        claude.messages.create(
+            **MESSAGE | {"messages": [{"role": "user", "content": "word " * 20_000}]}
+        )
+    with pytest.raises(anthropic.NotFoundError, match="builtin"):
+        claude.messages.create(**MESSAGE | {"model": "claude"})
+    with (
+        anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0) as other,
+        pytest.raises(anthropic.AuthenticationError),
+    ):
+        other.messages.create(**MESSAGE)
 
 
 def _running(client, url) -> float:

@@ -67,6 +67,7 @@ class Choice:
     parser: ReplyParser
     text: DetokenizeStream
     reason: Reason | None = None
+    tokens: int = 0  # up to the end of a stop string; the engine may have come further
     reasoning_tokens: int = 0
     calls: int = 0
     cut_call: bool = False
@@ -82,6 +83,7 @@ class Choice:
         for token in tokens:
             if self.parser.stop is not None:
                 break
+            self.tokens += 1
             text = self.text.push(token)
             found = self.parser.push(token, text)
             self._note(found, logprobs, text)
@@ -271,7 +273,7 @@ class Answer:
 
     def usage(self) -> dict[str, object]:
         """OpenAI's account of the tokens."""
-        generated = sum(choice.stream.timings.generated_tokens for choice in self.choices)
+        generated = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": len(self.prompt),
             "completion_tokens": generated,

@@ -11,10 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from pyllama_dist.api import chat, completions, facts, page
-from pyllama_dist.api.dialect import Dialect
+from pyllama_dist.api.anthropic import messages
+from pyllama_dist.api.anthropic.requests import CountTokensRequest
+from pyllama_dist.api.dialect import Dialect, openai_error
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine
 from pyllama_dist.api.events import EventStream
 from pyllama_dist.api.leaving import unless_gone
@@ -35,6 +37,7 @@ Json = dict[str, Any]
 DIALECTS: Mapping[str, Dialect[Any]] = {
     "/v1/chat/completions": chat.DIALECT,
     "/v1/completions": completions.DIALECT,
+    "/v1/messages": messages.DIALECT,
 }
 
 
@@ -42,6 +45,10 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     """The server's application."""
     endpoints: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
         **{path: ("POST", _answered(dialect)) for path, dialect in DIALECTS.items()},
+        "/v1/messages/count_tokens": (
+            "POST",
+            _with_body(CountTokensRequest, messages.count_tokens),
+        ),
         "/v1/embeddings": ("POST", _no_embeddings),
         "/v1/models": ("GET", _plain(facts.models)),
         "/v1/models/{name:path}": ("GET", _model),
@@ -69,7 +76,14 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     app.state.service = service
     app.router.redirect_slashes = False
     paths = {endpoint: path for path, (_, endpoint) in endpoints.items()}
-    return RequestLog(Gate(app, access), paths, service.metrics)
+    return RequestLog(Gate(app, access, error_object), paths, service.metrics)
+
+
+def error_object(scope: Scope, error: ApiError) -> Json:
+    """An error as the API tells it that a path, and all paths below it, belong to."""
+    path = scope["path"] + "/"
+    tells = (dialect.error for base, dialect in DIALECTS.items() if path.startswith(base + "/"))
+    return next(tells, openai_error)(error, scope["state"]["request_id"])
 
 
 def _service(request: Request) -> Service:
@@ -152,7 +166,7 @@ async def _page(request: Request) -> Response:
 async def _of_api(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    return _json(error.body(), error.status, error.headers)
+    return _error(request, error)
 
 
 async def _of_http(request: Request, error: Exception) -> Response:
@@ -163,14 +177,18 @@ async def _of_http(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         code = "method_not_allowed"
     found = ApiError(error.status_code, said, code=code, headers=error.headers or {})
-    return _json(found.body(), found.status, found.headers)
+    return _error(request, found)
 
 
 async def _of_ours(request: Request, error: Exception) -> Response:
     """What nobody foresaw; Starlette raises it again, so that the log has it."""
     found = of_engine(error)
     found.message += f" (request {request.state.request_id})"
-    return _json(found.body(), found.status)
+    return _error(request, found)
+
+
+def _error(request: Request, error: ApiError) -> Response:
+    return _json(error_object(request.scope, error), error.status, error.headers)
 
 
 def _json(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -183,8 +183,18 @@ async def begin(service: Service, body: ChatRequest, key: str, held: ExitStack) 
     Raises:
         ApiError: it cannot be.
     """
-    parts = service.ready().parts
     head = Head.of(service, "chatcmpl", body.model)
+    answer = await begin_answer(service, body, key, held)
+    return Chat(body, answer, head, service.ready().parts.tokenizer)
+
+
+async def begin_answer(service: Service, body: ChatRequest, key: str, held: ExitStack) -> Answer:
+    """Begins to answer a conversation, in whatever dialect it will be told; `held` ends that.
+
+    Raises:
+        ApiError: it cannot be.
+    """
+    parts = service.ready().parts
     _check(body)
     prompt = prompt_of(service, body)
     requests = requests_of(
@@ -200,7 +210,7 @@ async def begin(service: Service, body: ChatRequest, key: str, held: ExitStack) 
     stops = stop_strings(body.stop)
     answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
     held.callback(answer.close)
-    return Chat(body, answer, head, parts.tokenizer)
+    return answer
 
 
 def _check(body: ChatRequest) -> None:

@@ -40,6 +40,11 @@ class Told(Protocol):
         ...
 
 
+def openai_error(error: ApiError, request_id: str) -> Json:
+    """The object that tells an error; OpenAI's does not name the request."""
+    return error.body()
+
+
 def data_event(chunk: Mapping[str, Any]) -> bytes:
     """A server-sent event that has no name."""
     return b"data: %b\n\n" % msgspec.json.encode(chunk)
@@ -53,14 +58,16 @@ class Dialect(Generic[_B]):
         body: of its requests.
         sequences: that a request needs.
         begin: begins an answer for a client, named by its key; the stack ends it.
-        error: the object that tells an error.
+        error: the object that tells an error of the request that has this id.
         event: an object of a stream as it travels.
+        ping: what is sent in a stream while nothing happens.
         last: what ends a stream that did not fail.
     """
 
     body: type[_B]
     sequences: Callable[[_B], int]
     begin: Callable[[Service, _B, str, ExitStack], Coroutine[Any, Any, Told]]
-    error: Callable[[ApiError], Json] = ApiError.body
+    error: Callable[[ApiError, str], Json] = openai_error
     event: Callable[[Mapping[str, Any]], bytes] = data_event
+    ping: bytes = b": ping\n\n"
     last: bytes = b"data: [DONE]\n\n"

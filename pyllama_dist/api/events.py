@@ -16,7 +16,6 @@ log = logging.getLogger(__name__)
 
 _SEND_SECONDS = 60.0  # for a client to take a piece
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-_PING = b": ping\n\n"
 
 
 class EventStream(Response):
@@ -33,9 +32,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         with self._held, suppress(ApiError):  # it has left
-            await unless_gone(receive, self._send(send))
+            await unless_gone(receive, self._send(send, scope["state"]["request_id"]))
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, request_id: str) -> None:
         async def give(data: bytes, more: bool = True) -> None:
             body = {"type": "http.response.body", "body": data, "more_body": more}
             async with asyncio.timeout(_SEND_SECONDS):
@@ -47,12 +46,12 @@ class EventStream(Response):
         try:
             async with aclosing(self._told.chunks()) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
-                    await give(_PING if chunk is None else dialect.event(chunk))
+                    await give(dialect.ping if chunk is None else dialect.event(chunk))
         except ApiError as error:
-            last = dialect.event(dialect.error(error))
+            last = dialect.event(dialect.error(error, request_id))
         except TimeoutError:
             return
         except Exception as error:
             log.exception("a stream has failed")
-            last = dialect.event(dialect.error(of_engine(error)))
+            last = dialect.event(dialect.error(of_engine(error), request_id))
         await give(last, more=False)

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from pyllama_dist import __version__
+from pyllama_dist.api.anthropic.requests import CountTokensRequest, MessagesRequest
 from pyllama_dist.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -16,6 +17,8 @@ Json = dict[str, Any]
 _BODIES: dict[str, tuple[type, str]] = {
     "/v1/chat/completions": (ChatRequest, "Answers a conversation."),
     "/v1/completions": (CompletionRequest, "Continues a text."),
+    "/v1/messages": (MessagesRequest, "Answers a conversation, as Anthropic's API does."),
+    "/v1/messages/count_tokens": (CountTokensRequest, "How many tokens a conversation has."),
     "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeRequest, "The text of token ids."),
 }
@@ -33,11 +36,6 @@ def describe() -> Json:
     schemas, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
-    answers: Json = {
-        "200": {"description": "The answer.", "content": {"application/json": {}}},
-        "4XX": _error("What the client can mend."),
-        "5XX": _error("What the server could not do."),
-    }
     paths: Json = {
         path: {
             "post": {
@@ -46,20 +44,21 @@ def describe() -> Json:
                     "required": True,
                     "content": {"application/json": {"schema": schema}},
                 },
-                "responses": answers,
+                "responses": _answers(path),
             }
         }
         for (path, (_, summary)), schema in zip(_BODIES.items(), schemas, strict=True)
     }
     for path, summary in _PLAIN.items():
         content = "text/plain" if path == "/metrics" else "application/json"
-        found = {"description": "The answer.", "content": {content: {}}}
-        paths[path] = {"get": {"summary": summary, "responses": {**answers, "200": found}}}
+        paths[path] = {"get": {"summary": summary, "responses": _answers(path, content)}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "pyllama-dist", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {**components, "Error": _ERROR}},
+        "components": {
+            "schemas": {**components, "Error": _ERROR, "MessagesError": _MESSAGES_ERROR}
+        },
     }
 
 
@@ -82,6 +81,27 @@ _ERROR: Json = {
 }
 
 
-def _error(description: str) -> Json:
-    schema = {"$ref": "#/components/schemas/Error"}
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+_MESSAGES_ERROR: Json = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
+    },
+}
+
+
+def _answers(path: str, content: str = "application/json") -> Json:
+    """What a path answers, by status."""
+    name = "MessagesError" if path.startswith("/v1/messages") else "Error"
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    return {
+        "200": {"description": "The answer.", "content": {content: {}}},
+        "4XX": {"description": "What the client can mend.", "content": error},
+        "5XX": {"description": "What the server could not do.", "content": error},
+    }

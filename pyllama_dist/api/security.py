@@ -7,9 +7,10 @@ Pure ASGI. Decisions are made from the path of the connection's scope, which is 
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,10 +38,13 @@ class Access:
 
 
 class Gate:
-    """An application behind its checks. Adds `x-request-id` to every answer."""
+    """An application behind its checks. Adds the request's id to every answer."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
+    def __init__(
+        self, app: ASGIApp, access: Access, error_object: Callable[[Scope, ApiError], Any]
+    ) -> None:
+        """A gate before an application; `error_object` tells who is refused why."""
+        self._app, self._access, self._error_object = app, access, error_object
         self._keys = [key.encode() for key in access.keys]
         self._hosts = {"localhost", *(host.lower() for host in access.hosts)}
 
@@ -57,7 +61,8 @@ class Gate:
         id_ = given if given and _ID.fullmatch(given) else secrets.token_hex(8).encode()
         origin = headers.one(b"origin")
         shared = origin is not None and origin.decode("latin-1") in self._access.origins
-        extra = [(b"x-request-id", id_), (b"x-content-type-options", b"nosniff")]
+        extra = [(b"x-request-id", id_), (b"request-id", id_)]  # OpenAI's name, Anthropic's
+        extra += [(b"x-content-type-options", b"nosniff")]
         if shared and origin is not None:
             extra += [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
 
@@ -71,7 +76,7 @@ class Gate:
         try:
             self._check(scope, headers, shared)
         except ApiError as error:
-            await _answer(error, send_more)
+            await _answer(error, self._error_object(scope, error), send_more)
             return
         if scope["method"] == "OPTIONS" and shared:
             extra += [
@@ -160,8 +165,8 @@ def _same(origin: bytes, host: bytes) -> bool:
     return origin.partition(b"://")[2] == host
 
 
-async def _answer(error: ApiError, send: Send) -> None:
-    body = msgspec.json.encode(error.body())
+async def _answer(error: ApiError, told: Any, send: Send) -> None:
+    body = msgspec.json.encode(told)
     headers = [(b"content-type", b"application/json")]
     headers += [(key.encode(), value.encode()) for key, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
