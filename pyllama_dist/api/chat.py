@@ -111,23 +111,21 @@ class Chat:
                 yield [last], {"timings": self.answer.timings()}
 
     def _logprobs(self, found: Sequence[TokenLogprobs]) -> list[Json]:
-        return [
-            {
-                **self._logprob(one.token, one.logprob),
-                "top_logprobs": [
-                    self._logprob(*pair) for pair in one.top[: self.body.top_logprobs or 0]
-                ],
-            }
-            for one in found
-        ]
+        return logprobs_json(self.tokenizer, found, self.body.top_logprobs or 0)
 
-    def _logprob(self, token: int, logprob: float) -> Json:
-        data = self.tokenizer.token_bytes(token)
-        return {
-            "token": data.decode("utf-8", "replace"),
-            "logprob": max(logprob, -9999.0),
-            "bytes": list(data),
-        }
+
+def logprobs_json(tokenizer: Tokenizer, found: Sequence[TokenLogprobs], most: int) -> list[Json]:
+    """Logprobs of tokens, and of the `most` likeliest in the place of each."""
+
+    def told(token: int, logprob: float) -> Json:
+        data = tokenizer.token_bytes(token)
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+    return [
+        {**told(one.token, one.logprob), "top_logprobs": [told(*pair) for pair in one.top[:most]]}
+        for one in found
+    ]
 
 
 def _message(reply: Reply) -> Json:
@@ -183,8 +181,18 @@ async def begin(service: Service, body: ChatRequest, key: str, held: ExitStack) 
     Raises:
         ApiError: it cannot be.
     """
-    parts = service.ready().parts
     head = Head.of(service, "chatcmpl", body.model)
+    answer = await begin_answer(service, body, key, held)
+    return Chat(body, answer, head, service.ready().parts.tokenizer)
+
+
+async def begin_answer(service: Service, body: ChatRequest, key: str, held: ExitStack) -> Answer:
+    """Begins to answer a conversation, in whatever dialect it is told; `held` ends that.
+
+    Raises:
+        ApiError: it cannot be.
+    """
+    parts = service.ready().parts
     _check(body)
     prompt = prompt_of(service, body)
     requests = requests_of(
@@ -200,7 +208,7 @@ async def begin(service: Service, body: ChatRequest, key: str, held: ExitStack) 
     stops = stop_strings(body.stop)
     answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
     held.callback(answer.close)
-    return Chat(body, answer, head, parts.tokenizer)
+    return answer
 
 
 def _check(body: ChatRequest) -> None:

@@ -11,11 +11,13 @@ from pyllama_dist.api.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from pyllama_dist.api.responses.body import ResponsesRequest
 
 Json = dict[str, Any]
 _BODIES: dict[str, tuple[type, str]] = {
     "/v1/chat/completions": (ChatRequest, "Answers a conversation."),
     "/v1/completions": (CompletionRequest, "Continues a text."),
+    "/v1/responses": (ResponsesRequest, "Answers a conversation, told in items."),
     "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeRequest, "The text of token ids."),
 }
