@@ -27,18 +27,40 @@ SING = {"type": "function", "name": "sing"}
 THINKS = "<think>Let me see.</think>"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving(template=TEMPLATE, seq_len=1024, n_blocks=128) as running:
-        yield running
+def running(template):
+    with serving(template=template, seq_len=1024, n_blocks=128) as server:
+        with server.client() as client:  # what checks grammars stays with the server
+            body = ASK | {"text": {"format": {"type": "json_object"}}, "max_output_tokens": 1}
+            assert client.post(RESPONSES, json=body).status_code == 200
+        yield server
 
 
-@pytest.fixture
-def client(server):
+def talking(server):
     server.say("Hello there.")
     with server.client() as client:
         yield client
     server.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def server():
+    yield from running(TEMPLATE)
+
+
+@pytest.fixture
+def client(server):
+    yield from talking(server)
+
+
+@pytest.fixture(scope="module")
+def bare_server():
+    yield from running(BARE)
+
+
+@pytest.fixture
+def bare_client(bare_server):
+    """Of a model whose calls are text, so that a grammar can be made of them."""
+    yield from talking(bare_server)
 
 
 def ask(client, **body):
@@ -67,7 +89,11 @@ def test_a_response(client):
     assert found["metadata"] == {"a": "b"}
     assert found["max_output_tokens"] == 100
     assert found["store"] is found["background"] is False
-    assert (found["tools"], found["tool_choice"], found["parallel_tool_calls"]) == ([], "auto", True)
+    assert (found["tools"], found["tool_choice"], found["parallel_tool_calls"]) == (
+        [],
+        "auto",
+        True,
+    )
     assert found["text"] == {"format": {"type": "text"}}
     (item,) = found["output"]
     assert item.pop("id").startswith("msg_")
@@ -152,9 +178,12 @@ def test_a_call_that_is_cut_off(server, client):
 
 
 def test_a_stop_string_completes_it(client):
-    found = ask(client, stop="there")
-    assert found["status"] == "completed"
-    assert text_of(found["output"][0]) == "Hello "
+    for found in (
+        client.post(RESPONSES, json=ASK | {"stop": "there"}).json(),
+        replayed(stream(client, stop="there")),
+    ):
+        assert found["status"] == found["output"][0]["status"] == "completed"
+        assert text_of(found["output"][0]) == "Hello "
 
 
 def test_an_answer_of_nothing(server, client):
@@ -261,7 +290,10 @@ USER = {"role": "user", "content": "q"}
     ("items", "expected"),
     [
         ([USER], [USER]),
-        ([{"role": "developer", "content": "d"}, USER], [{"role": "developer", "content": "d"}, USER]),
+        (
+            [{"role": "developer", "content": "d"}, USER],
+            [{"role": "developer", "content": "d"}, USER],
+        ),
         (
             [{"role": "user", "content": [{"type": "input_text", "text": t} for t in "ab"]}],
             [{"role": "user", "content": "ab"}],
@@ -279,11 +311,17 @@ USER = {"role": "user", "content": "q"}
             [thought("t"), called("1"), gave("1"), thought("u"), called("2"), gave("2"), said("s")],
             [turn(None, "1", "t"), result("1"), turn(None, "2", "u"), result("2"), turn("s")],
         ),
-        ([called("1"), called("2"), gave("1"), gave("2")], [turn(None, "12"), result("1"), result("2")]),
+        (
+            [called("1"), called("2"), gave("1"), gave("2")],
+            [turn(None, "12"), result("1"), result("2")],
+        ),
         ([said("a"), said("b")], [turn("a"), turn("b")]),
         ([said("a"), thought("t"), said("b")], [turn("a"), turn("b", (), "t")]),
         ([thought("t"), USER], [turn(None, (), "t"), USER]),
-        ([called("1"), gave("1", [{"type": "input_text", "text": "x"}])], [turn(None, "1"), result("1")]),
+        (
+            [called("1"), gave("1", [{"type": "input_text", "text": "x"}])],
+            [turn(None, "1"), result("1")],
+        ),
         # nothing that was thought can be read, or nothing can be done with it
         ([{"type": "reasoning", "summary": [], "encrypted_content": "x"}, said("s")], [turn("s")]),
         ([{"type": "web_search_call", "action": {}}, {"type": "new", "output": {}}, USER], [USER]),
@@ -350,14 +388,13 @@ def test_effort_none_turns_thinking_off():
     ],
     ids=str,
 )
-def test_a_call_that_is_required_comes(choice, name):
+def test_a_call_that_is_required_comes(bare_server, bare_client, choice, name):
     """Of random logits: only the grammar makes sense of them."""
     days = {"type": "object", "properties": {"days": {"enum": [1, 2, 3]}}, "required": ["days"]}
     weather = WEATHER | {"parameters": days | {"additionalProperties": False}}
     body = {"tools": [weather, SING], "tool_choice": choice, "temperature": 1, "seed": 1}
-    template = BARE.replace("<assistant>", "<assistant><think></think>")
-    with serving(template=template, seq_len=1024, n_blocks=128) as server, server.client() as client:
-        found = client.post(RESPONSES, json=ASK | body | {"max_output_tokens": 800}).json()
+    bare_server.root.says = []
+    found = ask(bare_client, **body, thinking_budget=3, max_output_tokens=800)
     (call,) = [item for item in found["output"] if item["type"] == "function_call"]
     assert name in (None, call["name"])
     assert found["tool_choice"] == choice
@@ -369,11 +406,13 @@ def test_none_is_none(server, client):
     assert [item["type"] for item in found["output"]] == ["message"]
 
 
-def test_one_call_at_a_time(server, client):
-    server.say(CALL + CALL)
-    found = ask(client, tools=[WEATHER], parallel_tool_calls=False)
-    assert [item["type"] for item in found["output"]] == ["function_call"]
-    assert found["parallel_tool_calls"] is False
+@pytest.mark.parametrize(("parallel", "count"), [(True, 3), (False, 1)])
+def test_one_call_at_a_time(bare_server, bare_client, parallel, count):
+    body = {"tools": [SING], "tool_choice": "required", "temperature": 1, "seed": 2}
+    bare_server.root.says = []
+    found = ask(bare_client, **body, parallel_tool_calls=parallel, max_output_tokens=800)
+    assert [item["type"] for item in found["output"]] == ["function_call"] * count
+    assert found["parallel_tool_calls"] is parallel
 
 
 FORMAT = {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}
@@ -437,11 +476,11 @@ CODEX = {
     "text": {"verbosity": "medium"},
     "client_metadata": {"x-codex-installation-id": "1"},
 }
-RUN = '<tool_call>\n{"name": "exec_command", "arguments": {"cmd": "ls"}}\n</tool_call>'
 
 
-def test_a_request_of_codex_and_the_next_one(server, client):
-    server.say(THINKS + RUN)
+def test_a_request_of_codex_and_the_next_one(bare_server, bare_client):
+    server, client = bare_server, bare_client
+    server.say(THINKS + 'exec_command\n{"cmd": "ls"}')
     first = replayed(events(client.post(RESPONSES, json=CODEX).text))
     assert [item["type"] for item in first["output"]] == ["reasoning", "function_call"]
     assert first["prompt_cache_key"] == "0199-thread"
@@ -467,7 +506,7 @@ def test_a_request_of_codex_and_the_next_one(server, client):
 IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
 BAD = [
     ({"input": 5}, "input"),
-    ({"input": [5]}, "input"),
+    ({"input": [5]}, "input[0]"),
     ({"input": [{"role": "wizard", "content": "a"}]}, "input[0].role"),
     ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
     ({"input": [USER, {"role": "user", "content": [IMAGE]}]}, "input[1].content[0]"),
@@ -526,7 +565,9 @@ def test_a_server_without_memory_says_so(client):
 
 
 def test_other_errors(server, client):
-    assert error(client.post(RESPONSES, json=ASK | {"model": "gpt"}), 404)["code"] == "model_not_found"
+    assert (
+        error(client.post(RESPONSES, json=ASK | {"model": "gpt"}), 404)["code"] == "model_not_found"
+    )
     error(client.get(RESPONSES), 405)
     long = error(client.post(RESPONSES, json={"input": "word " * 2000}), 400)
     assert long["code"] == "context_length_exceeded"

@@ -92,6 +92,8 @@ class ResponsesRequest(Sampled, kw_only=True):
     reasoning: ReasoningSettings | None = None
     include: Annotated[list[str], Meta(max_length=64)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=32)] | None = None
+    thinking_budget: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     # told again in the answer
     metadata: (
         Annotated[

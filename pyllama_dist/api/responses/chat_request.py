@@ -64,6 +64,8 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_format(body),
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        chat_template_kwargs=body.chat_template_kwargs,
+        thinking_budget=body.thinking_budget,
     )
 
 
