@@ -4,11 +4,6 @@ import json
 from typing import Any
 
 RESPONSES = "/v1/responses"
-TEXTS = {  # the type of an item: of its deltas, where the whole text is, in `done` and the item
-    "reasoning": "reasoning_text",
-    "message": "output_text",
-    "function_call": "function_call_arguments",
-}
 Json = dict[str, Any]
 
 
@@ -42,10 +37,15 @@ def replayed(found: list[Json]) -> Json:
         assert told["response"]["usage"] is None
     items: list[Json] = []
     for told in middle:
+        if told["type"] == "response.in_progress":
+            assert told["response"]["status"] == "in_progress"
+            continue
         index, type_ = told["output_index"], told["type"].removeprefix("response.")
         if type_ == "output_item.added":
             assert index == len(items)
             assert told["item"]["status"] == "in_progress"
+            assert told["item"].get("content", []) == []
+            assert told["item"].get("arguments", "") == ""
             items.append({"id": told["item"]["id"], "text": "", "done": None})
             continue
         assert index == len(items) - 1, "one item at a time"
@@ -55,6 +55,8 @@ def replayed(found: list[Json]) -> Json:
             item["done"] = told["item"]
         else:
             assert told["item_id"] == item["id"]
+            assert told.get("content_index", 0) == 0
+            assert ("content_index" in told) == ("arguments" not in type_)
             if type_.endswith(".delta"):
                 assert told["delta"]
                 item["text"] += told["delta"]

@@ -290,6 +290,7 @@ USER = {"role": "user", "content": "q"}
     ("items", "expected"),
     [
         ([USER], [USER]),
+        ([USER | {"type": None}], [USER]),
         (
             [{"role": "developer", "content": "d"}, USER],
             [{"role": "developer", "content": "d"}, USER],
@@ -327,7 +328,7 @@ USER = {"role": "user", "content": "q"}
         ([{"type": "web_search_call", "action": {}}, {"type": "new", "output": {}}, USER], [USER]),
         ([{"type": "web_search_call"}], [{"role": "user", "content": ""}]),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_items_become_messages(items, expected):
     assert messages(items) == expected
@@ -525,7 +526,6 @@ BAD = [
     ({"metadata": {"a": 5}}, "metadata"),
     ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
     ({"reasoning": {"effort": "enormous"}}, "reasoning.effort"),
-    ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
     ({"text": {"format": FORMAT | {"schema": {"type": "sausage"}}}}, "text.format"),
@@ -546,8 +546,6 @@ BAD = [
 @pytest.mark.parametrize(("body", "param"), BAD, ids=lambda value: str(value)[:40])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_what_cannot_be_is_refused(server, client, body, param, streamed):
-    if streamed and param == "stream_options":
-        pytest.skip("it is right then")
     answer = client.post(RESPONSES, json=ASK | body | {"stream": streamed})
     found = error(answer, 400)
     assert found["param"] == param
@@ -569,6 +567,9 @@ def test_other_errors(server, client):
         error(client.post(RESPONSES, json=ASK | {"model": "gpt"}), 404)["code"] == "model_not_found"
     )
     error(client.get(RESPONSES), 405)
+    options = ASK | {"stream_options": {"include_obfuscation": False}}
+    assert error(client.post(RESPONSES, json=options), 400)["param"] == "stream_options"
+    assert client.post(RESPONSES, json=options | {"stream": True}).status_code == 200
     long = error(client.post(RESPONSES, json={"input": "word " * 2000}), 400)
     assert long["code"] == "context_length_exceeded"
 
@@ -604,6 +605,18 @@ def test_a_failure_ends_the_stream_as_a_response_that_failed():
         assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
         assert text_of(response["output"][1]).startswith("word word")
         assert error(client.post(RESPONSES, json=ASK), 503)["code"] == "node_lost"
+
+
+def test_silence_is_told_by_events(server, client, monkeypatch):
+    """Of comments, some clients take no notice."""
+    monkeypatch.setattr("pyllama_dist.api.answer.PING_SECONDS", 0.01)
+    server.root.pause = 0.03
+    try:
+        found = stream(client)
+    finally:
+        server.root.pause = 0.0
+    assert text_of(replayed(found)["output"][0]) == "Hello there."
+    assert len([told for told in found if told["type"] == "response.in_progress"]) > 3
 
 
 def test_what_nobody_foresaw_is_told_as_an_error(server, client, monkeypatch):

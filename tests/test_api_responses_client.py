@@ -64,10 +64,12 @@ def test_logprobs(client):
     assert [one.token for one in deltas] == [one.token for one in logprobs]
 
 
-def test_the_stream_helper(server, client):
+def test_the_stream_helper(server, client, monkeypatch):
+    monkeypatch.setattr("pyllama_dist.api.answer.PING_SECONDS", 0.01)
+    server.root.pause = 0.02
     server.say("<think>Let me see.</think>I look." + CALL)
     with client.responses.stream(**ASK, tools=[TOOL]) as stream:
-        snapshots = [event for event in stream]  # noqa: C416
+        snapshots = list(stream)
         final = stream.get_final_response()
     texts = [event.snapshot for event in snapshots if event.type == "response.output_text.delta"]
     assert texts[-1] == final.output_text == "I look."
@@ -82,6 +84,7 @@ def test_the_stream_helper(server, client):
     assert thought.content[0].text == "Let me see."
     pieces = [event.delta for event in snapshots if event.type == "response.reasoning_text.delta"]
     assert "".join(pieces) == "Let me see."
+    assert len([event for event in snapshots if event.type == "response.in_progress"]) > 1
 
 
 def test_tools_there_and_back(server, client):

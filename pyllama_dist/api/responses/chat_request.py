@@ -5,7 +5,7 @@ templates read it. Items and tools of types that a model without a server's tool
 skipped: Codex sends them whatever the model is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -109,7 +109,7 @@ def _of_items(items: Sequence[Mapping[str, Any]]) -> list[Message]:
     found: list[Message] = []
     for number, item in enumerate(items):
         place = f"input[{number}]"
-        type_ = item.get("type", "message" if "role" in item else "item_reference")
+        type_ = item.get("type") or ("message" if "role" in item else "item_reference")
         if type_ == "item_reference":
             raise bad_request(
                 f"{place} refers to an item, and this server keeps none; send the item", place
@@ -125,32 +125,31 @@ def _add(
     place: str,
 ) -> None:
     """Adds an item to a conversation: to the turn of the model that it belongs to, if to any."""
-    last = found[-1] if found and found[-1].role == "assistant" else None
-
-    def turn(begins: bool) -> Message:
-        if last is not None and not begins:
-            return last
-        found.append(Message("assistant"))
-        return found[-1]
-
     match item:
         case MessageItem("assistant", content):
             # Text after a call belongs to the turn of the call; two texts are two turns.
-            message = turn(last is not None and last.content is not None and not last.tool_calls)
-            message.content = f"{message.content or ''}{text_of(content, f'{place}.content')}"
+            turn = _turn(found, lambda turn: turn.content is None or turn.tool_calls)
+            turn.content = f"{turn.content or ''}{text_of(content, f'{place}.content')}"
         case MessageItem(role, content):
             found.append(Message(role, text_of(content, f"{place}.content")))
         case ReasoningItem(content):
-            message = turn(last is not None and bool(last.content or last.tool_calls))
+            turn = _turn(found, lambda turn: not turn.content and not turn.tool_calls)
             thought = "".join(part.text for part in content or ())
-            message.reasoning_content = (message.reasoning_content or "") + thought or None
+            turn.reasoning_content = (turn.reasoning_content or "") + thought or None
         case CallItem(call_id, name, arguments):
-            message = turn(False)
+            turn = _turn(found, lambda turn: True)
             call = Call(CalledFunction(name, arguments), call_id)
-            message.tool_calls = [*(message.tool_calls or ()), call]
+            turn.tool_calls = [*(turn.tool_calls or ()), call]
         case CallOutputItem(call_id, output):
             text = text_of(output, f"{place}.output")
             found.append(Message("tool", text, tool_call_id=call_id))
+
+
+def _turn(found: list[Message], takes: Callable[[Message], object]) -> Message:
+    """The turn of the model in which a conversation ends, if it takes more; else a new one."""
+    if not found or found[-1].role != "assistant" or not takes(found[-1]):
+        found.append(Message("assistant"))
+    return found[-1]
 
 
 def _format(body: ResponsesRequest) -> ResponseFormat | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pyllama_dist.api.answer import Answer, Ended, Piece, Ping
+from pyllama_dist.api.answer import Answer, Ended, Item, Piece, Ping
 from pyllama_dist.api.chat import begin_answer, logprobs_json
 from pyllama_dist.api.dialect import Dialect, Json, data_event
 from pyllama_dist.api.errors import ApiError
@@ -42,36 +42,37 @@ class Response:
         return self._ended()
 
     async def chunks(self) -> AsyncIterator[Json | None]:
-        """Events; None if nothing has happened for some time.
-
-        A generation that fails is told as a response that has failed.
-        """
+        """Events. A generation that fails is told as a response that has failed."""
         numbers = count()
 
         def numbered(told: Json) -> Json:
             return {**told, "sequence_number": next(numbers)}
 
-        for name in ("created", "in_progress"):
-            yield numbered(event(name, response=self._json("in_progress")))
+        yield numbered(event("created", response=self._json("in_progress")))
+        yield numbered(self._in_progress())
         try:
             async for item in self.answer.items():
-                if isinstance(item, Ping):
-                    yield None
                 for told in self._events(item):
                     yield numbered(told)
             last = self._ended()
         except ApiError as error:
-            # The names of errors are few here, and clients check them.
+            # OpenAI names a fixed set of errors here, and clients check that it is one of them.
             last = self._json("failed", error={"code": "server_error", "message": error.message})
         yield numbered(event(last["status"], response=last))
 
-    def _events(self, item: object) -> Sequence[Json]:
+    def _events(self, item: Item) -> Sequence[Json]:
         match item:
             case Piece():
                 return list(self.output.add(item))
             case Ended():
                 return list(self.output.end(item))
+            case Ping():
+                # An event, since Codex gives up after five minutes in which only comments come.
+                return [self._in_progress()]
         return ()
+
+    def _in_progress(self) -> Json:
+        return event("in_progress", response=self._json("in_progress"))
 
     def _ended(self) -> Json:
         (choice,) = self.answer.choices
