@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from pyllama_dist.api.requests import decode
-from pyllama_dist.api.responses.body import ResponsesRequest
-from pyllama_dist.api.responses.chat_request import chat_request
+from pyllama_dist.api.responses.conversation import chat_request
+from pyllama_dist.api.responses.requests import ResponsesRequest
 from pyllama_dist.errors import NodeError
 from tests.api_server import CHAT, HELLO, error, serving
 from tests.responses import RESPONSES, events, replayed, text_of, types, without_ids
@@ -88,6 +88,8 @@ def test_a_response(client):
     assert found["instructions"] == "Be short."
     assert found["metadata"] == {"a": "b"}
     assert found["max_output_tokens"] == 100
+    assert found["temperature"] == 0
+    assert 0 < found["top_p"] <= 1  # the model's own
     assert found["store"] is found["background"] is False
     assert (found["tools"], found["tool_choice"], found["parallel_tool_calls"]) == (
         [],
@@ -178,12 +180,9 @@ def test_a_call_that_is_cut_off(server, client):
 
 
 def test_a_stop_string_completes_it(client):
-    for found in (
-        client.post(RESPONSES, json=ASK | {"stop": "there"}).json(),
-        replayed(stream(client, stop="there")),
-    ):
-        assert found["status"] == found["output"][0]["status"] == "completed"
-        assert text_of(found["output"][0]) == "Hello "
+    found = ask(client, stop="there")
+    assert found["status"] == found["output"][0]["status"] == "completed"
+    assert text_of(found["output"][0]) == "Hello "
 
 
 def test_an_answer_of_nothing(server, client):
@@ -373,6 +372,8 @@ def test_effort_none_turns_thinking_off():
         }
         texts = {None: "unset", "none": "False", "medium": "unsetmedium"}
         sizes = {effort: len(server.parts.tokenizer.encode(text)) for effort, text in texts.items()}
+        kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert ask(client, **kwargs)["usage"]["input_tokens"] == counts["none"]
     assert counts["none"] - counts[None] == sizes["none"] - sizes[None]
     assert counts["medium"] - counts[None] == sizes["medium"] - sizes[None]
 
@@ -414,6 +415,13 @@ def test_one_call_at_a_time(bare_server, bare_client, parallel, count):
     found = ask(bare_client, **body, parallel_tool_calls=parallel, max_output_tokens=800)
     assert [item["type"] for item in found["output"]] == ["function_call"] * count
     assert found["parallel_tool_calls"] is parallel
+
+
+def test_one_call_at_a_time_needs_no_grammar(server, client):
+    server.say(CALL + CALL)
+    found = ask(client, tools=[WEATHER], parallel_tool_calls=False)
+    assert [item["type"] for item in found["output"]] == ["function_call"]
+    assert found["status"] == found["output"][0]["status"] == "completed"
 
 
 FORMAT = {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}

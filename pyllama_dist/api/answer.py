@@ -65,7 +65,9 @@ class Choice:
     stream: Stream
     parser: ReplyParser
     text: DetokenizeStream
+    one_call: bool = False  # the first call ends it
     reason: Reason | None = None
+    tokens: int = 0  # up to its end; the engine may have come further
     reasoning_tokens: int = 0
     calls: int = 0
     cut_call: bool = False
@@ -74,13 +76,19 @@ class Choice:
     _begun: bool = False  # content has come
     _read: int = 0  # logprobs of the stream
 
+    @property
+    def ended(self) -> bool:
+        """Whether further tokens do not count: a stop string has come, or the one call."""
+        return self.parser.stop is not None or (self.one_call and self.calls > 0)
+
     def push(self, tokens: Sequence[int]) -> Piece:
-        """What some tokens make certain; those after a stop string do not count."""
+        """What some tokens make certain; those after its end do not count."""
         events: list[Event] = []
         logprobs: list[TokenLogprobs] = []
         for token in tokens:
-            if self.parser.stop is not None:
+            if self.ended:
                 break
+            self.tokens += 1
             text = self.text.push(token)
             found = self.parser.push(token, text)
             self._note(found, logprobs, text)
@@ -172,8 +180,10 @@ class Answer:
         prompt: Sequence[int],
         requests: Sequence[Request],
         make_parser: Callable[[], ReplyParser],
+        *,
+        one_call: bool = False,
     ) -> None:
-        """Begins generations.
+        """Begins generations; with `one_call`, the first call of a tool ends a choice.
 
         Raises:
             ApiError: they cannot be.
@@ -183,7 +193,7 @@ class Answer:
         self._arrived, self._reason = time.monotonic(), "abort"
         self._first: float | None = None  # when the first token came
         self.choices = [
-            Choice(index, stream, make_parser(), tokenizer.stream())
+            Choice(index, stream, make_parser(), tokenizer.stream(), one_call)
             for index, stream in enumerate(service.submit(requests))
         ]
 
@@ -233,7 +243,7 @@ class Answer:
                     piece = choice.push(tokens)
                     if piece.events:
                         queue.put_nowait(piece)
-                    if choice.parser.stop is not None:
+                    if choice.ended:
                         break
                 elif progress and choice.index == 0 and self._first is None:
                     done = timings.cached_tokens + timings.computed_tokens
@@ -268,7 +278,7 @@ class Answer:
 
     def usage(self) -> dict[str, object]:
         """OpenAI's account of the tokens."""
-        generated = sum(choice.stream.timings.generated_tokens for choice in self.choices)
+        generated = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": len(self.prompt),
             "completion_tokens": generated,

@@ -27,7 +27,7 @@ from pyllama_dist.api.requests import (
     TokenizeRequest,
     decode,
 )
-from pyllama_dist.api.responses import dialect as responses
+from pyllama_dist.api.responses import response
 from pyllama_dist.api.security import Access, Gate
 from pyllama_dist.api.service import Service
 
@@ -39,7 +39,7 @@ Json = dict[str, Any]
 DIALECTS: Mapping[str, Dialect[Any]] = {
     "/v1/chat/completions": chat.DIALECT,
     "/v1/completions": completions.DIALECT,
-    "/v1/responses": responses.DIALECT,
+    "/v1/responses": response.DIALECT,
 }
 
 

@@ -187,7 +187,7 @@ async def begin(service: Service, body: ChatRequest, key: str, held: ExitStack) 
 
 
 async def begin_answer(service: Service, body: ChatRequest, key: str, held: ExitStack) -> Answer:
-    """Begins to answer a conversation, in whatever dialect it is told; `held` ends that.
+    """Begins to answer a conversation, in whatever dialect it will be told; `held` ends that.
 
     Raises:
         ApiError: it cannot be.
@@ -206,7 +206,13 @@ async def begin_answer(service: Service, body: ChatRequest, key: str, held: Exit
         constrain=await constraint_of(service, body, prompt),
     )
     stops = stop_strings(body.stop)
-    answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
+    answer = Answer(
+        service,
+        prompt.tokens,
+        requests,
+        lambda: prompt.parser(parts, stops),
+        one_call=body.parallel_tool_calls is False,
+    )
     held.callback(answer.close)
     return answer
 

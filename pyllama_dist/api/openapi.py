@@ -11,7 +11,7 @@ from pyllama_dist.api.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from pyllama_dist.api.responses.body import ResponsesRequest
+from pyllama_dist.api.responses.requests import ResponsesRequest
 
 Json = dict[str, Any]
 _BODIES: dict[str, tuple[type, str]] = {

@@ -24,7 +24,7 @@ from pyllama_dist.api.requests import (
     refused,
     text_of,
 )
-from pyllama_dist.api.responses.body import (
+from pyllama_dist.api.responses.requests import (
     CallItem,
     CallOutputItem,
     MessageItem,

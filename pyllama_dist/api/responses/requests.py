@@ -1,7 +1,7 @@
 """The body of /v1/responses. Unknown fields are ignored.
 
 Items of the input and tools are objects of many types, of which some are skipped: those that are
-used have a class here, which `chat_request.py` checks them against.
+used have a class here, which `conversation.py` checks them against.
 """
 
 from typing import Annotated, Any, Literal

@@ -14,9 +14,9 @@ from pyllama_dist.api.answer import Answer, Ended, Item, Piece, Ping
 from pyllama_dist.api.chat import begin_answer, logprobs_json
 from pyllama_dist.api.dialect import Dialect, Json, data_event
 from pyllama_dist.api.errors import ApiError
-from pyllama_dist.api.responses.body import PlainFormat, ResponsesRequest
-from pyllama_dist.api.responses.chat_request import chat_request, functions
+from pyllama_dist.api.responses.conversation import chat_request, functions
 from pyllama_dist.api.responses.output import Output, event
+from pyllama_dist.api.responses.requests import PlainFormat, ResponsesRequest
 from pyllama_dist.api.service import Service
 
 _PARAMS = {"messages": "input", "response_format": "text.format"}  # of a chat: what it is here
