@@ -604,6 +604,7 @@ def test_unknown_fields_are_ignored(client):
 def test_a_failure_ends_the_stream_as_a_response_that_failed():
     with serving() as server, server.client() as client:
         server.say("<think>a</think>" + "word " * 100)
+        server.root.pause = 0.02  # so that what came before is told
         server.root.fails_at = (20, NodeError("lost worker 10.0.0.2:9990: gone"))
         found = stream(client)
         response = replayed(found)

@@ -157,6 +157,7 @@ def test_errors(client):
 def test_a_lost_node_is_a_response_that_failed():
     with serving() as server, connected(server) as client:
         server.say("word " * 100)
+        server.root.pause = 0.02  # so that what came before is told
         server.root.fails_at = (10, NodeError("lost worker 10.0.0.2:9990: gone"))
         *_, last = client.responses.create(**ASK, stream=True)
         assert last.type == "response.failed"
