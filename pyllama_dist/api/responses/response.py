@@ -18,6 +18,7 @@ from pyllama_dist.api.responses.conversation import chat_request, functions
 from pyllama_dist.api.responses.output import Output, event
 from pyllama_dist.api.responses.requests import PlainFormat, ResponsesRequest
 from pyllama_dist.api.service import Service
+from pyllama_dist.conversation import ModelParts
 
 _PARAMS = {"messages": "input", "response_format": "text.format"}  # of a chat: what it is here
 
@@ -101,29 +102,26 @@ async def begin(service: Service, body: ResponsesRequest, key: str, held: ExitSt
     Raises:
         ApiError: it cannot be.
     """
-    fixed = _fixed(service, body)
+    model = service.check_model(body.model)
     chat = chat_request(body)
     try:
         answer = await begin_answer(service, chat, key, held)
     except ApiError as error:
         error.param = _PARAMS.get(error.param or "", error.param)
         raise
-    tokenizer = service.ready().parts.tokenizer
-    return Response(
-        fixed,
-        answer,
-        Output(lambda found: logprobs_json(tokenizer, found, chat.top_logprobs or 0)),
-    )
+    parts = service.ready().parts
+    output = Output(lambda found: logprobs_json(parts.tokenizer, found, chat.top_logprobs or 0))
+    return Response(_fixed(parts, model, body), answer, output)
 
 
-def _fixed(service: Service, body: ResponsesRequest) -> Json:
-    sampling = service.ready().parts.sampling(body.temperature, body.top_p, None)
+def _fixed(parts: ModelParts, model: str, body: ResponsesRequest) -> Json:
+    sampling = parts.sampling(body.temperature, body.top_p, None)
     return {
         "id": f"resp_{secrets.token_hex(24)}",
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,
-        "model": service.check_model(body.model),
+        "model": model,
         "error": None,
         "incomplete_details": None,
         "instructions": body.instructions,
