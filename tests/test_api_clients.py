@@ -9,6 +9,7 @@ import time
 import anthropic
 import openai
 import psutil
+import pydantic
 import pytest
 
 from tests.test_processes import Process
@@ -123,6 +124,43 @@ def test_p8_errors(client, url):
         pytest.raises(openai.AuthenticationError),
     ):
         other.models.list()
+
+
+def test_p8_responses(client):
+    asked = {"model": "builtin", "input": "What is 17 + 25?", "temperature": 0}
+    whole = client.responses.create(**asked)
+    assert "42" in whole.output_text
+    assert whole.output_text == ask(client).choices[0].message.content
+    with client.responses.stream(**asked) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert "".join(deltas) == final.output_text == whole.output_text
+    history = [{"role": "user", "content": asked["input"]}, *whole.output]
+    history.append({"role": "user", "content": "And 1 + 1?"})
+    second = client.responses.create(**asked | {"input": history})
+    assert second.usage.input_tokens_details.cached_tokens >= whole.usage.input_tokens
+
+
+def test_p8_a_response_that_is_parsed(client):
+    class Sure(pydantic.BaseModel):
+        sure: bool
+
+    found = client.responses.parse(
+        model="builtin",
+        input="Sure?",
+        text_format=Sure,
+        temperature=0,
+        max_output_tokens=400,
+    )
+    assert isinstance(found.output_parsed.sure, bool)
+
+
+def test_p8_errors_of_responses(client):
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.responses.create(model="builtin", input=[{"role": "wizard", "content": "a"}])
+    assert bad.value.param == "input[0].role"
+    with pytest.raises(openai.NotFoundError, match="keeps no"):
+        client.responses.retrieve("resp_1")
 
 
 def test_l8_a_client_that_gives_up_leaves_nothing(client, url):

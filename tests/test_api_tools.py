@@ -88,6 +88,26 @@ def test_p7_p9_a_streamed_call_is_the_same(server, client):
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_where_several_are_not_allowed(server, client, stream):
+    """No grammar is needed for it: this tokenizer lacks the tokens for one."""
+    server.say("One." + CALL + "Two." + CALL)
+    answer = client.post(CHAT, json=ASK | {"parallel_tool_calls": False, "stream": stream})
+    if stream:
+        chunks = events(answer.text)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(delta.get("content", "") for delta in deltas) == "One."
+        starts = [delta for delta in deltas if "id" in delta.get("tool_calls", [{}])[0]]
+        assert len(starts) == 1
+        reason = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = answer.json()["choices"]
+        assert choice["message"]["content"] == "One."
+        assert len(choice["message"]["tool_calls"]) == 1
+        reason = choice["finish_reason"]
+    assert reason == "tool_calls"
+
+
 def test_t14_a_call_that_is_cut_off(server, client):
     server.say(CALL)
     found = client.post(CHAT, json=ASK | {"max_tokens": 30}).json()["choices"][0]

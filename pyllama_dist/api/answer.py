@@ -66,8 +66,9 @@ class Choice:
     stream: Stream
     parser: ReplyParser
     text: DetokenizeStream
+    one_call: bool = False  # the first call ends it
     reason: Reason | None = None
-    tokens: int = 0  # up to the end of a stop string; the engine may have come further
+    tokens: int = 0  # up to its end; the engine may have come further
     reasoning_tokens: int = 0
     calls: int = 0
     cut_call: bool = False
@@ -76,12 +77,17 @@ class Choice:
     _begun: bool = False  # content has come
     _read: int = 0  # logprobs of the stream
 
+    @property
+    def ended(self) -> bool:
+        """Whether further tokens do not count: a stop string has come, or the one call."""
+        return self.parser.stop is not None or (self.one_call and self.calls > 0)
+
     def push(self, tokens: Sequence[int]) -> Piece:
-        """What some tokens make certain; those after a stop string do not count."""
+        """What some tokens make certain; those after its end do not count."""
         events: list[Event] = []
         logprobs: list[TokenLogprobs] = []
         for token in tokens:
-            if self.parser.stop is not None:
+            if self.ended:
                 break
             self.tokens += 1
             text = self.text.push(token)
@@ -175,8 +181,10 @@ class Answer:
         prompt: Sequence[int],
         requests: Sequence[Request],
         make_parser: Callable[[], ReplyParser],
+        *,
+        one_call: bool = False,
     ) -> None:
-        """Begins generations.
+        """Begins generations; with `one_call`, the first call of a tool ends a choice.
 
         Raises:
             ApiError: they cannot be.
@@ -186,7 +194,7 @@ class Answer:
         self._arrived, self._reason = time.monotonic(), "abort"
         self._first: float | None = None  # when the first token came
         self.choices = [
-            Choice(index, stream, make_parser(), tokenizer.stream())
+            Choice(index, stream, make_parser(), tokenizer.stream(), one_call)
             for index, stream in enumerate(service.submit(requests))
         ]
 
@@ -238,7 +246,7 @@ class Answer:
                     piece = choice.push(tokens)
                     if piece.events:
                         queue.put_nowait(piece)
-                    if choice.parser.stop is not None:
+                    if choice.ended:
                         break
                 elif progress and choice.index == 0 and self._first is None:
                     done = timings.cached_tokens + timings.computed_tokens

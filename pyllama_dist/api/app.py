@@ -28,6 +28,7 @@ from pyllama_dist.api.requests import (
     TokenizeRequest,
     decode,
 )
+from pyllama_dist.api.responses import response
 from pyllama_dist.api.security import Access, Gate
 from pyllama_dist.api.service import Service
 
@@ -38,6 +39,7 @@ DIALECTS: Mapping[str, Dialect[Any]] = {
     "/v1/chat/completions": chat.DIALECT,
     "/v1/completions": completions.DIALECT,
     "/v1/messages": messages.DIALECT,
+    "/v1/responses": response.DIALECT,
 }
 
 
@@ -49,6 +51,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
             "POST",
             _with_body(CountTokensRequest, messages.count_tokens),
         ),
+        "/v1/responses/{id:path}": ("GET DELETE", _no_kept_response),
         "/v1/embeddings": ("POST", _no_embeddings),
         "/v1/models": ("GET", _plain(facts.models)),
         "/v1/models/{name:path}": ("GET", _model),
@@ -64,8 +67,8 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     }
     app = Starlette(
         routes=[
-            Route(path, endpoint, methods=[method])
-            for path, (method, endpoint) in endpoints.items()
+            Route(path, endpoint, methods=methods.split())
+            for path, (methods, endpoint) in endpoints.items()
         ],
         exception_handlers={
             HTTPException: _of_http,
@@ -134,6 +137,14 @@ async def _no_embeddings(request: Request) -> Response:
     raise ApiError(
         404,
         "a language model of this family has no embedding head; ask a server for embeddings",
+        code="not_found",
+    )
+
+
+async def _no_kept_response(request: Request) -> Response:
+    raise ApiError(
+        404,
+        "this server keeps no responses; send the conversation as input of a new one",
         code="not_found",
     )
 

@@ -111,23 +111,21 @@ class Chat:
                 yield [last], {"timings": self.answer.timings()}
 
     def _logprobs(self, found: Sequence[TokenLogprobs]) -> list[Json]:
-        return [
-            {
-                **self._logprob(one.token, one.logprob),
-                "top_logprobs": [
-                    self._logprob(*pair) for pair in one.top[: self.body.top_logprobs or 0]
-                ],
-            }
-            for one in found
-        ]
+        return logprobs_json(self.tokenizer, found, self.body.top_logprobs or 0)
 
-    def _logprob(self, token: int, logprob: float) -> Json:
-        data = self.tokenizer.token_bytes(token)
-        return {
-            "token": data.decode("utf-8", "replace"),
-            "logprob": max(logprob, -9999.0),
-            "bytes": list(data),
-        }
+
+def logprobs_json(tokenizer: Tokenizer, found: Sequence[TokenLogprobs], most: int) -> list[Json]:
+    """Logprobs of tokens, and of the `most` likeliest in the place of each."""
+
+    def told(token: int, logprob: float) -> Json:
+        data = tokenizer.token_bytes(token)
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+    return [
+        {**told(one.token, one.logprob), "top_logprobs": [told(*pair) for pair in one.top[:most]]}
+        for one in found
+    ]
 
 
 def _message(reply: Reply) -> Json:
@@ -208,7 +206,13 @@ async def begin_answer(service: Service, body: ChatRequest, key: str, held: Exit
         constrain=await constraint_of(service, body, prompt),
     )
     stops = stop_strings(body.stop)
-    answer = Answer(service, prompt.tokens, requests, lambda: prompt.parser(parts, stops))
+    answer = Answer(
+        service,
+        prompt.tokens,
+        requests,
+        lambda: prompt.parser(parts, stops),
+        one_call=body.parallel_tool_calls is False,
+    )
     held.callback(answer.close)
     return answer
 

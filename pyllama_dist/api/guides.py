@@ -79,8 +79,8 @@ def _calls(
     strict = any(tool.function is not None and tool.function.strict for tool in body.tools or ())
     parallel = body.parallel_tool_calls is not False
     tools = [tool for tool in prompt.tools if tool["function"]["name"] in allowed]
-    if tools == prompt.tools and mode == "auto" and not strict and parallel:
-        return None
+    if tools == prompt.tools and mode == "auto" and not strict:
+        return None  # of several calls where one is allowed, the answer ends after the first
     template = service.ready().parts.template
     if template is None or template.grammar_format is None:
         if mode == "required":

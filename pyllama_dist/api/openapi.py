@@ -12,6 +12,7 @@ from pyllama_dist.api.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from pyllama_dist.api.responses.requests import ResponsesRequest
 
 Json = dict[str, Any]
 _BODIES: dict[str, tuple[type, str]] = {
@@ -19,6 +20,7 @@ _BODIES: dict[str, tuple[type, str]] = {
     "/v1/completions": (CompletionRequest, "Continues a text."),
     "/v1/messages": (MessagesRequest, "Answers a conversation, as Anthropic's API does."),
     "/v1/messages/count_tokens": (CountTokensRequest, "How many tokens a conversation has."),
+    "/v1/responses": (ResponsesRequest, "Answers a conversation, told in items."),
     "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeRequest, "The text of token ids."),
 }

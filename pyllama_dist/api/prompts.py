@@ -78,7 +78,7 @@ def _message(message: Message, number: int) -> dict[str, object]:
         raise bad_request(f"{place} has no tool_call_id", f"{place}.tool_call_id")
     fields = msgspec.to_builtins(message).items()
     given = {name: value for name, value in fields if value is not None}
-    return {**given, "content": text_of(message, place)}
+    return {**given, "content": text_of(message.content, f"{place}.content")}
 
 
 def _tools(body: ChatRequest) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from pyllama_dist.api.errors import bad_request
+from pyllama_dist.api.errors import ApiError, bad_request
 
 BODY_BYTES = 16 << 20
 _MESSAGES, _TOOLS, _PROMPTS, _STOPS = 4096, 256, 64, 4
@@ -74,11 +74,14 @@ class Call(Struct):
     type: str = "function"
 
 
+Content = Text | Annotated[list[Part], Meta(max_length=1024)]
+
+
 class Message(Struct):
     """One message of a conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: Text | Annotated[list[Part], Meta(max_length=1024)] | None = None
+    content: Content | None = None
     name: Annotated[str, Meta(max_length=256)] | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
@@ -93,6 +96,9 @@ class Schema(Struct):
     description: Text | None = None
     schema: dict[str, Any] | bool | None = None
     strict: bool | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ResponseFormat(Struct):
@@ -156,9 +162,7 @@ class ChatRequest(Sampled, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=32)] | None = None
     thinking: Thinking | None = None
     thinking_budget: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
@@ -208,32 +212,38 @@ def decode(body: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        said, _, path = str(error).rpartition(" - at `")
-        if not said:
-            said, path = str(error), "$`"
-        param = path.rstrip("`").removeprefix("$").removeprefix(".").replace("[...]", "") or None
-        raise bad_request(f"{param or 'the body'}: {said}", param) from None
+        raise refused(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"the body is no JSON: {error}") from None
     except RecursionError:
         raise bad_request("the body is nested too deeply; flatten it") from None
 
 
-def text_of(message: Message, place: str) -> str | None:
-    """The text of a message, whose parts must all be text.
+def refused(error: msgspec.ValidationError, place: str = "") -> ApiError:
+    """What tells which field is wrong; `place` is the path of what was checked."""
+    said, _, path = str(error).rpartition(" - at `")
+    if not said:
+        said, path = str(error), "$`"
+    path = path.rstrip("`").removeprefix("$").replace("[...]", "")
+    param = (place + path).removeprefix(".") or None
+    return bad_request(f"{param or 'the body'}: {said}", param)
+
+
+def text_of(content: Content | None, place: str) -> str | None:
+    """The text of a content, whose parts must all be text.
 
     Raises:
         ApiError: one is an image, a sound or a file.
     """
-    if message.content is None or isinstance(message.content, str):
-        return message.content
+    if content is None or isinstance(content, str):
+        return content
     texts = []
-    for number, part in enumerate(message.content):
+    for number, part in enumerate(content):
         text = part.refusal if part.type == "refusal" else part.text
         if part.type not in ("text", "refusal", "input_text", "output_text") or text is None:
             raise bad_request(
-                f"a part of type {part.type!r} in {place}.content: this model reads text only",
-                f"{place}.content[{number}]",
+                f"a part of type {part.type!r} in {place}: this model reads text only",
+                f"{place}[{number}]",
             )
         texts.append(text)
     return "".join(texts)
