@@ -334,10 +334,10 @@ def users_table(report: Json) -> Table:
     shown = table(
         report,
         f"A prompt of {_PREFILL} tokens is read at {report['prefill_throughput']:.1f} tokens/s, "
-        f"{report['prefill_to_decode']['median']:.2f} times the rate of one answer: no number of "
-        "users gets more than that, nor, with experts, more than their weights allow",
+        f"{report['prefill_to_decode']['median']:.2f} times the rate of one answer: the ceiling for "
+        "any number of users, where the weights of experts leave no lower one",
         *("users", "engine t/s", ": one", "server t/s", ": one", "ceiling", ": engine", "req/s"),
-        *("TTFT p50", "p99 ms", "TPOT p50", "ITL p50", "p90", "p99 ms"),
+        *("TTFT 50/90/99 ms", "TPOT 50/90/99 ms", "ITL 50/90/99 ms"),
     )
     for result in report["results"]:
         engine, server = result["engine"], result["server"]
@@ -350,8 +350,7 @@ def users_table(report: Json) -> Table:
             f"{result['ceiling']:.2f}",
             told(result["server_to_engine"]),
             f"{server['request_throughput']:.2f}",
-            *(f"{server[f'{name}_ms']:.1f}" for name in ("p50_ttft", "p99_ttft", "p50_tpot")),
-            *(f"{server[f'{name}_ms']:.1f}" for name in ("p50_itl", "p90_itl", "p99_itl")),
+            *(percentiles(server, name) for name in ("ttft", "tpot", "itl")),
         )
     return shown
 
@@ -361,13 +360,13 @@ def arrival_table(report: Json) -> Table:
         report,
         f"ITL of {report['users']} answers while a prompt of {report['prompt']} tokens is read; "
         f"TTFT of a short prompt before it, of it, and of a short one {_BEHIND} s behind",
-        *("", "ITL p50", "p90", "p99", "most, ms", "p99 : step"),
-        *("TTFT short, ms", "long", "short behind"),
+        *("", "ITL 50/90/99 ms", "most", "p99 : step", "TTFT short, ms", "long", "short behind"),
     )
     for result in report["results"]:
         shown.add_row(
             result["way"],
-            *(f"{result[f'{name}_itl_ms']:.0f}" for name in ("p50", "p90", "p99", "max")),
+            percentiles(result, "itl"),
+            f"{result['max_itl_ms']:.0f}",
             f"{result['p99_to_step']:.2f}",
             *(f"{result[f'ttft_{name}_ms']:.0f}" for name in ("before", "long", "behind")),
         )
@@ -396,6 +395,10 @@ def table(report: Json, caption: str, *columns: str) -> Table:
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     return shown
+
+
+def percentiles(found: Json, name: str) -> str:
+    return " / ".join(f"{found[f'p{p}_{name}_ms']:.0f}" for p in (50, 90, 99))
 
 
 def told(ratio: Json) -> str:

@@ -134,12 +134,15 @@ class Worker:
     def _new_engine(
         self, after_step: Callable[[int, float], None] = lambda rows, seconds: None
     ) -> Engine:
-        """An engine in the place of the last one."""
+        """An engine in the place of the last one, which knows already what a row costs."""
         self._turn.close()
-        parallel = self._service.limits.parallel
-        return self._turn.enter_context(
-            Engine(self._root, parallel=parallel, after_step=after_step)
-        )
+        parallel, rows = self._service.limits.parallel, self._root.node.program.max_rows
+        engine = Engine(self._root, parallel=parallel, after_step=after_step)
+        self._turn.enter_context(engine)
+        prompt = [0] * min(rows, engine.seq_len)
+        for _ in engine.submit(Request(prompt, lambda logits: 0, max_tokens=1)):
+            pass
+        return engine
 
 
 def _noting(sampler: Sampler, when: list[float], began: float) -> Callable[[F32], int]:
