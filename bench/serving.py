@@ -270,39 +270,41 @@ def measure_arrival(
     rounds: int,
 ) -> None:
     setting = Setting(shape, layers, threads, max(prompt, _SHORT + answer) + 3, users + 3)
-    gaps: dict[Way, list[float]] = defaultdict(list)
-    others: dict[tuple[Way, str], list[float]] = defaultdict(list)
+    runs: dict[Way, list[list[Heard]]] = defaultdict(list)
     with measuring("arrival", setting, out) as (model, report):
-        for way in WAYS:
+        for way in WAYS:  # kernels are there afterwards
             model.ask(way, [model.question(min(prompt, _PREFILL), 2)])
         for way in in_turns(rounds, WAYS):
-            asks = [model.question(_SHORT, answer) for _ in range(users)] + [
+            asks = [
+                *(model.question(_SHORT, answer) for _ in range(users)),
                 model.question(_SHORT, 2, _BEFORE / 2),
                 model.question(prompt, 2, _BEFORE),
                 model.question(_SHORT, 2, _BEFORE + _BEHIND),
             ]
-            *beside, before, long, behind = model.ask(way, asks)
-            if min(one.pieces[-1] for one in beside) < long.pieces[0]:
-                raise UsageError(f"-n {answer}: an answer ended before the prompt was read")
-            for one in beside:
-                gaps[way] += one.gaps(long.sent, long.pieces[0])
-            for name, one in (("before", before), ("long", long), ("behind", behind)):
-                others[way, name].append(one.ttft)
+            runs[way].append(model.ask(way, asks))
         report |= {"prompt": prompt, "users": users, "step_ms": 1e3 * STEP_SECONDS}
-        report["results"] = [
-            {
-                "way": way,
-                **milliseconds("itl", gaps[way]),
-                "max_itl_ms": 1e3 * max(gaps[way]),
-                "p99_to_step": float(np.percentile(gaps[way], 99)) / STEP_SECONDS,
-                **{
-                    f"ttft_{name}_ms": 1e3 * median(others[way, name])
-                    for name in ("before", "long", "behind")
-                },
-            }
-            for way in WAYS
-        ]
+        report["results"] = [{"way": way, **of_arrivals(runs[way])} for way in WAYS]
     show(arrival_table(report))
+
+
+def of_arrivals(runs: Sequence[Sequence[Heard]]) -> Json:
+    """What answers met while a long prompt was read, and how long prompts took.
+
+    Raises:
+        UsageError: an answer ended before, or had no token meanwhile.
+    """
+    gaps = []
+    for *beside, _, long, _ in runs:
+        if min(one.pieces[-1] for one in beside) < long.pieces[0]:
+            raise UsageError("an answer ended before the long prompt was read; raise -n")
+        gaps += [gap for one in beside for gap in one.gaps(long.sent, long.pieces[0])]
+    if not gaps:
+        raise UsageError("no token came while the long prompt was read; raise -p")
+    found = milliseconds("itl", gaps)
+    for place, name in ((-3, "before"), (-2, "long"), (-1, "behind")):
+        found[f"ttft_{name}_ms"] = 1e3 * median(run[place].ttft for run in runs)
+    p99 = float(np.percentile(gaps, 99))
+    return {**found, "max_itl_ms": 1e3 * max(gaps), "p99_to_step": p99 / STEP_SECONDS}
 
 
 @main.command("overhead", help="What HTTP adds to the first token, and to each.")
@@ -334,7 +336,7 @@ def users_table(report: Json) -> Table:
     shown = table(
         report,
         f"A prompt of {_PREFILL} tokens is read at {report['prefill_throughput']:.1f} tokens/s, "
-        f"{report['prefill_to_decode']['median']:.2f} times the rate of one answer: the ceiling for "
+        f"{report['prefill_to_decode']['median']:.2f} times the rate of one answer: the ceiling of "
         "any number of users, where the weights of experts leave no lower one",
         *("users", "engine t/s", ": one", "server t/s", ": one", "ceiling", ": engine", "req/s"),
         *("TTFT 50/90/99 ms", "TPOT 50/90/99 ms", "ITL 50/90/99 ms"),

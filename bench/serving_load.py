@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,9 +80,10 @@ def latencies(heard: Sequence[Heard]) -> Json:
 
 
 def milliseconds(name: str, seconds: Sequence[float]) -> Json:
-    """The mean and percentiles of some times."""
-    percentiles = {f"p{p}_{name}_ms": 1e3 * float(np.percentile(seconds, p)) for p in (50, 90, 99)}
-    return {f"mean_{name}_ms": 1e3 * fmean(seconds), **percentiles}
+    """The mean and percentiles of some times, NaN if there are none: all came in one piece."""
+    found = 1e3 * np.array(seconds or [np.nan])
+    percentiles = {f"p{p}_{name}_ms": float(np.percentile(found, p)) for p in (50, 90, 99)}
+    return {f"mean_{name}_ms": float(found.mean()), **percentiles}
 
 
 class _Client(asyncio.Protocol):
