@@ -187,6 +187,7 @@ def _listening(service: Service) -> Iterator[tuple[asyncio.AbstractEventLoop, in
         make_app(service, Access()), port=0, lifespan="off", log_config=None, access_log=False
     )
     server, listener = uvicorn.Server(config), config.bind_socket()
+    listener.listen()  # who connects from now on waits for the loop
     loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
 
     async def run() -> None:
