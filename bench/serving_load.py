@@ -18,8 +18,8 @@ import numpy as np
 from pyllama_dist.errors import NodeError
 
 Json = dict[str, Any]
+_END = b"\r\n\r\n"  # of an answer's head
 _WAIT_SECONDS = 240.0  # for all answers
-_ACCEPT_SECONDS = 0.05  # for the server to take the connections, before any request is sent
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,26 @@ def milliseconds(name: str, seconds: Sequence[float]) -> Json:
 
 
 class _Client(asyncio.Protocol):
-    """One connection: what came, and when."""
+    """One connection: what came, and when; `answered` and `over` tell of the first and the last."""
 
     def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
         self.came: list[tuple[float, bytes]] = []
-        self.over = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a transport of bytes is needed")
-        self.transport = transport
+        loop = asyncio.get_running_loop()
+        self.answered, self.over = loop.create_future(), loop.create_future()
 
     def data_received(self, data: bytes) -> None:
         self.came.append((time.perf_counter(), data))
+        if data.endswith(_END) and not self.answered.done():
+            self.answered.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.over.done():
-            self.over.set_result(error)
+        for future in (self.answered, self.over):
+            if not future.done():
+                future.set_result(None)
 
 
 def ask(url: str, asks: Sequence[Ask], bias: Mapping[str, float]) -> list[Heard]:
-    """Asks /v1/completions for streams, each on a connection that is there before.
+    """Asks /v1/completions for streams, each on a connection that has been used before.
 
     Args:
         url: of the server.
@@ -123,20 +121,20 @@ def ask(url: str, asks: Sequence[Ask], bias: Mapping[str, float]) -> list[Heard]
 
 async def _ask(url: str, asks: Sequence[Ask], bias: Mapping[str, float]) -> list[Heard]:
     loop, address = asyncio.get_running_loop(), urlsplit(url)
-    clients = []
+    clients, requests = [], [_request(address.netloc, one, bias) for one in asks]
     for _ in asks:
-        _, client = await loop.create_connection(_Client, address.hostname, address.port)
-        clients.append(client)
-    requests = [_request(address.netloc, one, bias) for one in asks]
-    await asyncio.sleep(_ACCEPT_SECONDS)
+        transport, client = await loop.create_connection(_Client, address.hostname, address.port)
+        transport.write(f"HEAD /health HTTP/1.1\r\nhost: {address.netloc}\r\n\r\n".encode())
+        await client.answered
+        client.came.clear()
+        clients.append((transport, client))
     began = time.perf_counter()
 
-    async def send(client: _Client, one: Ask, request: bytes) -> float:
+    async def send(to: tuple[asyncio.WriteTransport, _Client], one: Ask, request: bytes) -> float:
+        transport, client = to
         await asyncio.sleep(began + one.at - time.perf_counter())
-        if client.transport is None:
-            raise TypeError("a request before the connection")
         sent = time.perf_counter()
-        client.transport.write(request)
+        transport.write(request)
         async with asyncio.timeout(_WAIT_SECONDS):
             await client.over
         return sent - began
@@ -144,7 +142,7 @@ async def _ask(url: str, asks: Sequence[Ask], bias: Mapping[str, float]) -> list
     sent = await asyncio.gather(*map(send, clients, asks, requests))
     return [
         _heard(began, at, client.came, one.tokens)
-        for at, client, one in zip(sent, clients, asks, strict=True)
+        for at, (_, client), one in zip(sent, clients, asks, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ from serving_load import Ask, Heard, Json
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.security import Access
-from pyllama_dist.api.server import uvicorn_config
+from pyllama_dist.api.server import bind, uvicorn_config
 from pyllama_dist.api.service import Limits, Model, Service
 from pyllama_dist.bench import machine
 from pyllama_dist.bench.random_model import RandomModel
@@ -184,7 +184,7 @@ def config_here(shape: str, layers: int | None) -> ModelConfig:
 def _listening(service: Service) -> Iterator[tuple[asyncio.AbstractEventLoop, int]]:
     """The server's loop and port, while the context lasts."""
     config = uvicorn_config(service, Access(), "127.0.0.1", 0)
-    server, listener = uvicorn.Server(config), config.bind_socket()
+    server, listener = uvicorn.Server(config), bind(config)
     listener.listen()  # who connects from now on waits for the loop
     loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
 

@@ -55,7 +55,7 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
     """
     config = uvicorn_config(service, access, host, port)
     try:
-        listener = config.bind_socket()
+        listener = bind(config)
     except (SystemExit, OSError) as error:
         raise UsageError(
             f"cannot listen at {host}:{port}: {error}; choose another --port or --host"
@@ -86,6 +86,17 @@ def uvicorn_config(service: Service, access: Access, host: str, port: int) -> uv
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=_END_SECONDS,
     )
+
+
+def bind(config: uvicorn.Config) -> socket.socket:
+    """The socket to listen at, whose connections send each token at once.
+
+    Otherwise TCP keeps a token back until the one before is acknowledged, for up to 40 ms (Nagle's
+    algorithm). asyncio sees to that only for sockets that name their protocol; uvicorn's do not.
+    """
+    listener = config.bind_socket()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
+    return listener
 
 
 async def _run(server: "_Server", sockets: list[socket.socket], model: "_Model") -> None:
