@@ -3,7 +3,8 @@
     python bench/results_table.py
 
 Reads the files of `pyllama-dist bench -o json` ("kind": "bench"), of `bench/compare_llamacpp.py`
-("llamacpp") and of `bench/compare_nodes.py` ("nodes"). Where two files measured the same thing on
+("llamacpp"), of `bench/compare_nodes.py` ("nodes") and of the commands of `bench/serving.py`
+("users", "arrival", "overhead"). Where two files measured the same thing on
 the same kind of machine, the newer one counts.
 """
 
@@ -79,6 +80,58 @@ def nodes_rows(file: Json) -> Iterator[tuple[Row, Row]]:
         )
 
 
+def users_rows(file: Json) -> Iterator[tuple[Row, Row]]:
+    """The same of several users at once."""
+    for result in file["results"]:
+        engine, server = result["engine"], result["server"]
+        yield (
+            (*_served(file), str(result["users"])),
+            (
+                f"{engine['output_throughput']:.1f}",
+                f"{engine['to_one']['median']:.2f}",
+                f"{server['output_throughput']:.1f}",
+                _ratio(server["to_one"]),
+                f"{result['ceiling']:.2f}",
+                *(_percentiles(server, name) for name in ("ttft", "itl")),
+            ),
+        )
+
+
+def arrival_rows(file: Json) -> Iterator[tuple[Row, Row]]:
+    """The same of a long prompt that comes beside answers."""
+    for result in file["results"]:
+        yield (
+            (*_served(file), str(file["prompt"]), result["way"]),
+            (
+                _percentiles(result, "itl"),
+                f"{result['max_itl_ms']:.0f}",
+                f"{result['p99_to_step']:.2f}",
+                *(f"{result[f'ttft_{name}_ms']:.0f}" for name in ("before", "behind", "long")),
+            ),
+        )
+
+
+def overhead_rows(file: Json) -> Iterator[tuple[Row, Row]]:
+    """The same of what HTTP adds."""
+    for name in ("ttft", "tpot"):
+        yield (
+            (*_served(file), name.upper()),
+            (
+                *(f"{file[way][f'p50_{name}_ms']:.3f}" for way in ("engine", "server")),
+                f"{file[f'p50_added_{name}_ms']:.3f}",
+                f"{file['allowed_ms']:.3f}",
+            ),
+        )
+
+
+def _served(file: Json) -> Row:
+    return _machine(file), file["model"], file["kernels"], f"1 × {file['threads']}"
+
+
+def _percentiles(found: Json, name: str) -> str:
+    return " / ".join(f"{found[f'p{p}_{name}_ms']:.0f}" for p in (50, 90, 99))
+
+
 def _ratio(found: Json | None) -> str:
     """Nothing, where something would be compared with itself."""
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
@@ -99,6 +152,27 @@ KINDS: dict[str, tuple[Row, Row, Callable[[Json], Iterator[tuple[Row, Row]]]]] =
         ("machine", "model, Q40", "kernels", "nodes × threads", "test"),
         ("tokens/s", ": first layout", ": first size", ": alone"),
         nodes_rows,
+    ),
+    "users": (
+        ("machine", "model, Q40", "kernels", "nodes × threads", "users"),
+        (
+            *("engine, tokens/s", ": one user", "server, tokens/s", ": one user", "ceiling"),
+            *("TTFT 50/90/99 %, ms", "ITL 50/90/99 %, ms"),
+        ),
+        users_rows,
+    ),
+    "arrival": (
+        ("machine", "model, Q40", "kernels", "nodes × threads", "long prompt", "asked"),
+        (
+            *("ITL 50/90/99 %, ms", "most, ms", "p99 : step"),
+            *("TTFT of a short prompt, ms", "behind the long one", "of the long one"),
+        ),
+        arrival_rows,
+    ),
+    "overhead": (
+        ("machine", "model, Q40", "kernels", "nodes × threads", "median"),
+        ("engine, ms", "server, ms", "added, ms", "allowed, ms"),
+        overhead_rows,
     ),
 }
 

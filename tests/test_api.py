@@ -3,13 +3,17 @@
 import json
 import math
 import re
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from pyllama_dist.api import page
-from tests.api_server import CHAT, HELLO, error, events, serving
+from pyllama_dist.api.metrics import Metrics
+from pyllama_dist.api.server import bind, uvicorn_config
+from pyllama_dist.api.service import Service
+from tests.api_server import CHAT, HELLO, LIMITS, OPEN, error, events, serving
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -49,6 +53,16 @@ def test_p7_chunks_come_in_order(client):
     assert all(list(delta) == ["content"] and delta["content"] for delta in deltas[1:-1])
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"
     assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_tokens_do_not_wait_for_the_client_to_acknowledge_those_before():
+    config = uvicorn_config(Service(("x",), LIMITS, Metrics("x")), OPEN, "127.0.0.1", 0)
+    with bind(config) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_p7_usage_comes_last_and_only_if_asked_for(client):

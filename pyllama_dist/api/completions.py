@@ -31,7 +31,7 @@ Told = tuple[int, TokenLogprobs | None]  # a token, and what is known of it if a
 class Text:
     """One prompt and what it becomes."""
 
-    prompt: str
+    prompt: str  # empty unless it is echoed
     tokens: Sequence[int]
     answer: Answer | None  # None if nothing is generated
     echoed: Sequence[Told] = ()  # of the prompt, if asked for
@@ -204,7 +204,8 @@ async def begin(service: Service, body: CompletionRequest, key: str, held: ExitS
             stops = stop_strings(body.stop)
             answer = Answer(service, prompt, requests, partial(_parser, tokenizer, stops))
             held.callback(answer.close)
-        texts.append(Text(tokenizer.decode(prompt), prompt, answer, echoed))
+        text = tokenizer.decode(prompt) if body.echo else ""
+        texts.append(Text(text, prompt, answer, echoed))
     return Completion(body, texts, head, tokenizer)
 
 

@@ -53,21 +53,9 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         UsageError: the port is in use, or the address is not of this machine.
         PyllamaError: the model could not be brought up.
     """
-    config = uvicorn.Config(
-        make_app(service, access),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        h11_max_incomplete_event_size=_HEADER_BYTES,
-        timeout_graceful_shutdown=_END_SECONDS,
-    )
+    config = uvicorn_config(service, access, host, port)
     try:
-        listener = config.bind_socket()
+        listener = bind(config)
     except (SystemExit, OSError) as error:
         raise UsageError(
             f"cannot listen at {host}:{port}: {error}; choose another --port or --host"
@@ -81,6 +69,34 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         listener.close()
     if model.error is not None:
         raise model.error
+
+
+def uvicorn_config(service: Service, access: Access, host: str, port: int) -> uvicorn.Config:
+    """How HTTP is spoken."""
+    return uvicorn.Config(
+        make_app(service, access),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=_END_SECONDS,
+    )
+
+
+def bind(config: uvicorn.Config) -> socket.socket:
+    """The socket to listen at, whose connections send each token at once.
+
+    Otherwise TCP keeps a token back until the one before is acknowledged, for up to 40 ms (Nagle's
+    algorithm). asyncio sees to that only for sockets that name their protocol; uvicorn's do not.
+    """
+    listener = config.bind_socket()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
+    return listener
 
 
 async def _run(server: "_Server", sockets: list[socket.socket], model: "_Model") -> None:
