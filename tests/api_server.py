@@ -62,6 +62,17 @@ class ScriptedRoot(FakeRoot):
         return []
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a server holds for clients: nothing of it may stay when they are gone."""
+
+    sequences: int  # that run or wait, by the engine and by the service
+    blocks: float  # share of the KV cache that sequences hold
+    readers: int  # of streams
+    tasks: int  # of asyncio
+    connections: int
+
+
 @dataclass
 class Running:
     """A server that runs."""
@@ -85,6 +96,24 @@ class Running:
     def is_idle(self) -> bool:
         load = self.engine.load
         return load.running == load.waiting == 0
+
+    def held(self) -> Held:
+        load, service = self.engine.load, self.service
+        state = self.server.server_state
+        return Held(
+            load.running + load.waiting + service._sequences + len(service._by_key),
+            load.kv_used,
+            len(service.model.bridge._readers),
+            len(asyncio.all_tasks(service.model.bridge._loop)) - 1,  # that of the server
+            len(state.connections),
+        )
+
+    def wait_empty(self, seconds: float = 10.0) -> None:
+        """Until nothing is held for anyone."""
+        deadline = time.monotonic() + seconds
+        while (held := self.held()) != Held(0, 0, 0, 0, 0):
+            assert time.monotonic() < deadline, held
+            time.sleep(0.02)
 
     def wait_idle(self, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds

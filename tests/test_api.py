@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyllama_dist.api import page
+from pyllama_dist.api.app import DIALECTS
 from tests.api_server import CHAT, HELLO, error, events, serving
 
 pytestmark = pytest.mark.timeout(120)
@@ -242,6 +243,22 @@ def test_the_description_names_every_body(client):
     found = client.get("/openapi.json").json()
     schema = found["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["$ref"].removeprefix("#/components/schemas/") in found["components"]["schemas"]
+
+
+def test_the_description_names_every_route(client, server):
+    described = client.get("/openapi.json").json()["paths"]
+    routes = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in server.server.config.app._app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    apart = {("/", "get"), ("/page/{name}", "get"), ("/v1/embeddings", "post")}  # no API of ours
+    assert routes - apart == {
+        (path, one) for path, item in described.items() for one in item if one != "parameters"
+    }
+    for path in DIALECTS:
+        content = described[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
 
 
 def test_the_dashboard_reads_what_is_there(client):

@@ -55,6 +55,8 @@ FIELDS = [
     ("min_p", -1),
     ("frequency_penalty", 3),
     ("presence_penalty", -3),
+    ("repetition_penalty", 1e-50),
+    ("repeat_penalty", 0),
     ("logit_bias", {"x": 1}),
     ("logit_bias", {"1": 101}),
     ("logit_bias", {"999999": 1}),

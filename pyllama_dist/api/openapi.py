@@ -21,9 +21,16 @@ _BODIES: dict[str, tuple[type, str]] = {
 }
 _PLAIN = {
     "/v1/models": "The model, under each of its names.",
+    "/v1/models/{name}": "The model of a name.",
     "/health": "Whether the model serves.",
+    "/v1/health": "Whether the model serves.",
     "/nodes": "What steps have cost each node.",
     "/metrics": "Counters for Prometheus.",
+    "/openapi.json": "This description.",
+}
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 
 
@@ -33,11 +40,6 @@ def describe() -> Json:
     schemas, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
-    answers: Json = {
-        "200": {"description": "The answer.", "content": {"application/json": {}}},
-        "4XX": _error("What the client can mend."),
-        "5XX": _error("What the server could not do."),
-    }
     paths: Json = {
         path: {
             "post": {
@@ -46,20 +48,35 @@ def describe() -> Json:
                     "required": True,
                     "content": {"application/json": {"schema": schema}},
                 },
-                "responses": answers,
+                "responses": _answers("application/json", *_streamed(kind)),
             }
         }
-        for (path, (_, summary)), schema in zip(_BODIES.items(), schemas, strict=True)
+        for (path, (kind, summary)), schema in zip(_BODIES.items(), schemas, strict=True)
     }
     for path, summary in _PLAIN.items():
         content = "text/plain" if path == "/metrics" else "application/json"
-        found = {"description": "The answer.", "content": {content: {}}}
-        paths[path] = {"get": {"summary": summary, "responses": {**answers, "200": found}}}
+        paths[path] = {"get": {"summary": summary, "responses": _answers(content)}}
+        if name := path.partition("{")[2].rstrip("}"):
+            place = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            paths[path]["parameters"] = [place]
     return {
         "openapi": "3.1.0",
         "info": {"title": "pyllama-dist", "version": __version__},
+        "security": [{}, *({key: []} for key in _KEYS)],  # only a server that has keys asks for one
         "paths": paths,
-        "components": {"schemas": {**components, "Error": _ERROR}},
+        "components": {"schemas": {**components, "Error": _ERROR}, "securitySchemes": _KEYS},
+    }
+
+
+def _streamed(kind: type) -> list[str]:
+    return ["text/event-stream"] if hasattr(kind, "stream") else []
+
+
+def _answers(*content: str) -> Json:
+    return {
+        "200": {"description": "The answer.", "content": {one: {} for one in content}},
+        "4XX": _error("What the client can mend."),
+        "5XX": _error("What the server could not do."),
     }
 
 
