@@ -21,11 +21,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 from schemathesis import GenerationMode, checks
 
-from tests.api_process import GRAMMAR, Taken, real, scripted
+from tests.api_process import GRAMMAR, Taken, grown, real, scripted
 
 TOKENS = 64  # of an answer at most: the built-in model is slow
 VOCABULARY = 1000  # of each server's model there are as many tokens
-GROWN_MIB = 24.0  # what a heap may grow by as fragments
 _ROUND = 50  # requests to one route, before the next
 # The description does not say all that is wrong: a tool's result needs the id of a call.
 _NOT_CHECKED = [checks.positive_data_acceptance]
@@ -113,14 +112,6 @@ def _mend(body: dict[str, Any], number: int) -> None:
             message["content"] = [{"type": "text", "text": str(message["content"])}]
         if message.get("role") == "tool":
             message["tool_call_id"] = "call_1"
-
-
-def grown(before: Taken, after: Taken) -> str:
-    """What is taken that was not; nothing if memory has grown by what is usual."""
-    more = {name: value - asdict(before)[name] for name, value in asdict(after).items()}
-    allowed = {"mib": GROWN_MIB}
-    over = {name: value for name, value in more.items() if value > allowed.get(name, 0)}
-    return f"it takes more: {over}" if over else ""
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from tests.api_server import serving
 from tests.test_processes import Process
 
 MIB = 1 << 20
+GROWN_MIB = 24.0  # what a heap may grow by as fragments
 GRAMMAR = {  # the process that checks grammars stays with a server
     "messages": [{"role": "user", "content": "hello"}],
     "response_format": {"type": "json_object"},
@@ -54,6 +55,14 @@ class Taken:
             sum(one.num_threads() for one in family),
             len(family),
         )
+
+
+def grown(before: Taken, after: Taken) -> str:
+    """What is taken that was not; nothing if memory has grown by what is usual."""
+    more = {name: value - asdict(before)[name] for name, value in asdict(after).items()}
+    allowed = {"mib": GROWN_MIB}
+    over = {name: value for name, value in more.items() if value > allowed.get(name, 0)}
+    return f"it takes more: {over}" if over else ""
 
 
 @dataclass
