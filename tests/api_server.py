@@ -17,6 +17,7 @@ from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.security import Access
+from pyllama_dist.api.server import configured
 from pyllama_dist.api.service import Limits, Model, Service
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.conversation import ModelParts, open_model
@@ -137,14 +138,8 @@ def serving(
             parts = replace(parts, template=ChatTemplate(sandboxed, parts.tokenizer))
         root = ScriptedRoot(parts.tokenizer.vocab_size, **sizes)
         service = Service(names, limits, Metrics(names[0]))
-        config = uvicorn.Config(
-            make_app(service, access),
-            port=0,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=2,
-        )
+        config = configured(make_app(service, access), "127.0.0.1", 0)
+        config.timeout_graceful_shutdown = 2
         server, ready = uvicorn.Server(config), threading.Event()
         engines: list[Engine] = []
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pyllama_dist import __version__, interrupt
 from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.errors import unavailable
+from pyllama_dist.api.protocol import HttpProtocol
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Model, Service
 from pyllama_dist.conversation import ModelParts
@@ -53,19 +55,7 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         UsageError: the port is in use, or the address is not of this machine.
         PyllamaError: the model could not be brought up.
     """
-    config = uvicorn.Config(
-        make_app(service, access),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        h11_max_incomplete_event_size=_HEADER_BYTES,
-        timeout_graceful_shutdown=_END_SECONDS,
-    )
+    config = configured(make_app(service, access), host, port)
     try:
         listener = config.bind_socket()
     except (SystemExit, OSError) as error:
@@ -81,6 +71,24 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         listener.close()
     if model.error is not None:
         raise model.error
+
+
+def configured(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
+    """How an application is served."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        http=HttpProtocol,
+        ws="none",
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=_END_SECONDS,
+    )
 
 
 async def _run(server: "_Server", sockets: list[socket.socket], model: "_Model") -> None:
