@@ -189,11 +189,15 @@ def error(answer: httpx.Response, status: int) -> dict:
     return found
 
 
-def send(server: Running, body: dict) -> socket.socket:
+def connect(server: Running) -> socket.socket:
+    port = int(server.url.rpartition(":")[2])
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def send(server: Running, body: dict, connection: socket.socket | None = None) -> socket.socket:
     """A connection on which a request was sent."""
     data = json.dumps(body).encode()
-    port = int(server.url.rpartition(":")[2])
-    connection = socket.create_connection(("127.0.0.1", port))
+    connection = connection or connect(server)
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     connection.sendall(head.encode() + f"content-length: {len(data)}\r\n\r\n".encode() + data)
     return connection
