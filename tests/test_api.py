@@ -171,6 +171,18 @@ def test_s9_the_same_seed_alone_and_beside_others(client, server):
     assert found == [alone]
 
 
+def test_t10_each_of_the_ends_ends(client, server):
+    tokenizer = server.parts.tokenizer
+    ends = sorted(tokenizer.eos_ids)
+    assert len(ends) == 3
+    said = tokenizer.encode("Hello there.")
+    for end in ends:
+        server.root.says = [*said, end, *said, min(ends)]
+        choice = client.post(CHAT, json=HELLO).json()["choices"][0]
+        assert choice["message"]["content"] == "Hello there."
+        assert choice["finish_reason"] == "stop"
+
+
 def test_c1_a_second_turn_reads_what_is_new(client, server):
     messages = [{"role": "user", "content": "tell me a long story about nothing " * 5}]
     first = client.post(CHAT, json={"messages": messages, "temperature": 0}).json()
