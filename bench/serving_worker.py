@@ -20,6 +20,7 @@ import orders
 import uvicorn
 from serving_load import Ask, Heard, Json
 
+from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.security import Access
@@ -183,7 +184,7 @@ def config_here(shape: str, layers: int | None) -> ModelConfig:
 @contextmanager
 def _listening(service: Service) -> Iterator[tuple[asyncio.AbstractEventLoop, int]]:
     """The server's loop and port, while the context lasts."""
-    config = uvicorn_config(service, Access(), "127.0.0.1", 0)
+    config = uvicorn_config(make_app(service, Access()), "127.0.0.1", 0)
     server, listener = uvicorn.Server(config), bind(config)
     listener.listen()  # who connects from now on waits for the loop
     loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()

@@ -17,6 +17,7 @@ from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.security import Access
+from pyllama_dist.api.server import uvicorn_config
 from pyllama_dist.api.service import Limits, Model, Service
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.conversation import ModelParts, open_model
@@ -62,6 +63,17 @@ class ScriptedRoot(FakeRoot):
         return []
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a server holds for clients: nothing of it may stay when they are gone."""
+
+    sequences: int  # that run or wait, by the engine and by the service
+    blocks: float  # share of the KV cache that sequences hold
+    readers: int  # of streams
+    tasks: int  # of asyncio
+    connections: int
+
+
 @dataclass
 class Running:
     """A server that runs."""
@@ -86,6 +98,24 @@ class Running:
         load = self.engine.load
         return load.running == load.waiting == 0
 
+    def held(self) -> Held:
+        load, service = self.engine.load, self.service
+        state = self.server.server_state
+        return Held(
+            load.running + load.waiting + service._sequences + len(service._by_key),
+            load.kv_used,
+            len(service.model.bridge._readers),
+            len(asyncio.all_tasks(service.model.bridge._loop)) - 1,  # that of the server
+            len(state.connections),
+        )
+
+    def wait_empty(self, seconds: float = 10.0) -> None:
+        """Until nothing is held for anyone."""
+        deadline = time.monotonic() + seconds
+        while (held := self.held()) != Held(0, 0, 0, 0, 0):
+            assert time.monotonic() < deadline, held
+            time.sleep(0.02)
+
     def wait_idle(self, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
         while not self.is_idle():
@@ -108,14 +138,8 @@ def serving(
             parts = replace(parts, template=ChatTemplate(sandboxed, parts.tokenizer))
         root = ScriptedRoot(parts.tokenizer.vocab_size, **sizes)
         service = Service(names, limits, Metrics(names[0]))
-        config = uvicorn.Config(
-            make_app(service, access),
-            port=0,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=2,
-        )
+        config = uvicorn_config(make_app(service, access), "127.0.0.1", 0)
+        config.timeout_graceful_shutdown = 2
         server, ready = uvicorn.Server(config), threading.Event()
         engines: list[Engine] = []
 
@@ -165,11 +189,15 @@ def error(answer: httpx.Response, status: int) -> dict:
     return found
 
 
-def send(server: Running, body: dict) -> socket.socket:
+def connect(server: Running) -> socket.socket:
+    port = int(server.url.rpartition(":")[2])
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def send(server: Running, body: dict, connection: socket.socket | None = None) -> socket.socket:
     """A connection on which a request was sent."""
     data = json.dumps(body).encode()
-    port = int(server.url.rpartition(":")[2])
-    connection = socket.create_connection(("127.0.0.1", port))
+    connection = connection or connect(server)
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     connection.sendall(head.encode() + f"content-length: {len(data)}\r\n\r\n".encode() + data)
     return connection

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyllama_dist.api import page
+from pyllama_dist.api.app import DIALECTS, make_app
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.server import bind, uvicorn_config
 from pyllama_dist.api.service import Service
@@ -56,7 +57,7 @@ def test_p7_chunks_come_in_order(client):
 
 
 def test_tokens_do_not_wait_for_the_client_to_acknowledge_those_before():
-    config = uvicorn_config(Service(("x",), LIMITS, Metrics("x")), OPEN, "127.0.0.1", 0)
+    config = uvicorn_config(make_app(Service(("x",), LIMITS, Metrics("x")), OPEN), "127.0.0.1", 0)
     with bind(config) as listener:
         listener.listen()
         with socket.create_connection(listener.getsockname()):
@@ -184,6 +185,18 @@ def test_s9_the_same_seed_alone_and_beside_others(client, server):
     assert found == [alone]
 
 
+def test_t10_each_of_the_ends_ends(client, server):
+    tokenizer = server.parts.tokenizer
+    ends = sorted(tokenizer.eos_ids)
+    assert len(ends) == 3
+    said = tokenizer.encode("Hello there.")
+    for end in ends:
+        server.root.says = [*said, end, *said, min(ends)]
+        choice = client.post(CHAT, json=HELLO).json()["choices"][0]
+        assert choice["message"]["content"] == "Hello there."
+        assert choice["finish_reason"] == "stop"
+
+
 def test_c1_a_second_turn_reads_what_is_new(client, server):
     messages = [{"role": "user", "content": "tell me a long story about nothing " * 5}]
     first = client.post(CHAT, json={"messages": messages, "temperature": 0}).json()
@@ -256,6 +269,22 @@ def test_the_description_names_every_body(client):
     found = client.get("/openapi.json").json()
     schema = found["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["$ref"].removeprefix("#/components/schemas/") in found["components"]["schemas"]
+
+
+def test_the_description_names_every_route(client, server):
+    described = client.get("/openapi.json").json()["paths"]
+    routes = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in server.server.config.app._app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    apart = {("/", "get"), ("/page/{name}", "get"), ("/v1/embeddings", "post")}  # no API of ours
+    assert routes - apart == {
+        (path, one) for path, item in described.items() for one in item if one != "parameters"
+    }
+    for path in DIALECTS:
+        content = described[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
 
 
 def test_the_dashboard_reads_what_is_there(client):

@@ -1,7 +1,6 @@
 """Who may ask the server."""
 
 import json
-import socket
 
 import pytest
 
@@ -133,16 +132,6 @@ def test_x2_a_form_cannot_ask(client):
     body = json.dumps(HELLO)
     error(client.post(CHAT, content=body, headers={"content-type": "text/plain"}), 415)
     error(client.post(CHAT, content=body), 415)
-
-
-def test_x4_a_body_has_one_length(server):
-    port = int(server.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            "content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".encode()
-        )
-        assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
 def test_x8_the_log_has_neither_prompt_nor_key(keyed, caplog):

@@ -1,14 +1,17 @@
 """Clients that leave, a server that ends, a node that is lost: nothing stays behind."""
 
+import asyncio
 import json
 import threading
-import time
 
+import psutil
 import pytest
 
 from pyllama_dist.api.errors import ApiError, unavailable
+from pyllama_dist.api.service import Limits
 from pyllama_dist.errors import NodeError
 from tests.api_server import CHAT, HELLO, error, send, serving, wait_until
+from tests.api_storm import AT_ONCE, draw, routes_of, storm
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -44,18 +47,32 @@ def test_l1_a_client_that_leaves_frees_its_place(server, stream, queued):
     server.wait_idle()
 
 
-def test_l2_many_that_leave_leave_nothing(server):
-    server.say("word " * 50)
-    threads = threading.active_count()
-    for number in range(100):
-        connection = send(server, HELLO | {"stream": bool(number % 2)})
-        time.sleep(0.003 * (number % 5))
-        connection.close()
-    server.wait_idle()
-    wait_until(lambda: server.service._sequences == 0)
-    assert not server.service._by_key
-    wait_until(lambda: not server.service.model.bridge._readers)
-    assert threading.active_count() <= threads + 1
+@pytest.mark.parametrize("count", [50, 200])
+def test_l2_many_that_leave_leave_nothing(count):
+    with serving(limits=Limits(4, AT_ONCE)) as server:
+        server.say("word " * 50)
+        server.root.pause = 0.002
+        routes = routes_of(server.url)
+        assert {CHAT, "/v1/completions"} <= set(routes)
+        threads = threading.active_count()
+        met = asyncio.run(storm(server.url, [draw(seed, routes) for seed in range(count)]))
+        assert {what.partition(": ")[2] for what in met} == {"200", "left"}
+        server.wait_empty()
+        assert threading.active_count() <= threads
+
+
+def test_b4_many_requests_take_nothing_for_good():
+    with serving() as server:
+        server.say("Hello there.")
+        routes, process = routes_of(server.url), psutil.Process()
+        found = []
+        for first in (0, 40, 80):
+            clients = [draw(first + one, routes, ["end"]) for one in range(40)]
+            met = asyncio.run(storm(server.url, clients, first=first, at_once=10))
+            assert met == {"end: 200": 40}
+            server.wait_empty()
+            found.append((process.num_fds(), process.num_threads()))
+        assert found[1] == found[2]
 
 
 def test_l7_the_queue_has_an_end(server):

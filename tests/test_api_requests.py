@@ -55,6 +55,8 @@ FIELDS = [
     ("min_p", -1),
     ("frequency_penalty", 3),
     ("presence_penalty", -3),
+    ("repetition_penalty", 1e-50),
+    ("repeat_penalty", 0),
     ("logit_bias", {"x": 1}),
     ("logit_bias", {"1": 101}),
     ("logit_bias", {"999999": 1}),
@@ -65,10 +67,6 @@ FIELDS = [
     ("max_tokens", 0),
     ("max_tokens", -1),
     ("max_completion_tokens", 0),
-    ("stop", ["a"] * 5),
-    ("stop", ""),
-    ("stop", [""]),
-    ("stop", 5),
     ("stop", ["a"] * 10**6),
     ("top_logprobs", 21),
     ("top_logprobs", 2),
@@ -78,10 +76,6 @@ FIELDS = [
     ("tools", [{"type": "x"}] * 10**4),
     ("response_format", {"type": "xml"}),
     ("reasoning_effort", "enormous"),
-    ("chat_template_kwargs", {"messages": []}),
-    ("chat_template_kwargs", {"tools": 1}),
-    ("chat_template_kwargs", {"a": {"b": 1}}),
-    ("chat_template_kwargs", {"a": "x" * 10_000}),
     ("modalities", ["audio"]),
     ("messages", []),
     ("messages", [{"role": "wizard", "content": "a"}]),
@@ -108,6 +102,71 @@ def test_p2_x3_fields_have_bounds(client, server, name, value):
 )
 def test_p2_null_is_as_if_it_were_not_there(client, name):
     assert client.post(CHAT, json=HELLO | {name: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        ("there", "Hello "),
+        (["there"], "Hello "),
+        (["a", "b", "zz", "there"], "Hello "),
+        ("🙂", "Hello there."),
+        (["🙂"], "Hello there."),
+        ([], "Hello there."),
+        (None, "Hello there."),
+    ],
+)
+def test_p4_stop_strings(client, stop, said):
+    choice = client.post(CHAT, json=HELLO | {"stop": stop}).json()["choices"][0]
+    assert choice["message"]["content"] == said
+    assert choice["finish_reason"] == "stop"
+
+
+def test_p4_an_emoji_stops(client, server):
+    server.say("Hello 🙂 there.")
+    choice = client.post(CHAT, json=HELLO | {"stop": "🙂"}).json()["choices"][0]
+    assert choice["message"]["content"] == "Hello "
+
+
+@pytest.mark.parametrize("stop", [["a"] * 5, "", [""], 5, [5], {"a": 1}, "x" * 257], ids=str)
+def test_p4_what_is_no_stop_string(client, stop):
+    assert "stop" in error(client.post(CHAT, json=HELLO | {"stop": stop}), 400)["param"]
+
+
+KWARGS = [
+    *({name: 1} for name in ("messages", "tools", "documents", "add_generation_prompt")),
+    *({name: 1} for name in ("range", "namespace", "dict", "cycler", "joiner", "lipsum")),
+    *({name: 1} for name in ("raise_exception", "strftime_now", "bos_token", "chat_template")),
+    {"a.b": 1},
+    {"a": {"b": 1}},
+    {"a": ["b"]},
+    {"a": "x" * 10_000},
+    {"a": "x" * 10_000_000},
+    {str(number): number for number in range(33)},
+]
+
+
+@pytest.mark.parametrize("kwargs", KWARGS, ids=lambda kwargs: str(kwargs)[:30])
+def test_x6_what_a_template_may_not_be_given(client, server, kwargs):
+    found = error(client.post(CHAT, json=HELLO | {"chat_template_kwargs": kwargs}), 400)
+    assert found["param"].startswith("chat_template_kwargs")
+    assert len(found["message"]) < 200
+    assert server.is_idle()
+
+
+def test_x6_deep_nesting_is_refused(client):
+    nested = '{"a":' * 100_000 + "1" + "}" * 100_000
+    body = (
+        '{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": ' + nested + "}"
+    )
+    json_ = {"content-type": "application/json"}
+    error(client.post(CHAT, content=body + nested + "}", headers=json_), 400)
+    assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_x6_what_a_template_may_be_given(client):
+    kwargs = {"enable_thinking": False, "a_name": "text", "n": 1.5, "none": None}
+    assert client.post(CHAT, json=HELLO | {"chat_template_kwargs": kwargs}).status_code == 200
 
 
 def test_p3_unknown_fields_are_ignored(client):

@@ -6,6 +6,8 @@ import pytest
 
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
+from pyllama_dist.errors import PyllamaError
+from pyllama_dist.text.grammar.thought import AfterThought
 from tests.api_server import CHAT, HELLO, error, events, serving
 
 pytestmark = pytest.mark.timeout(120)
@@ -127,6 +129,65 @@ def test_t15_a_call_and_its_result_are_in_the_next_prompt(server, client):
     )
     assert CALL.split("{")[1].split(",")[0] in text
     assert "rain" in text
+
+
+def test_t6_arguments_are_the_text_of_an_object(server, client):
+    server.say(CALL)
+    message = client.post(CHAT, json=ASK).json()["choices"][0]["message"]
+    arguments = message["tool_calls"][0]["function"]["arguments"]
+    assert arguments == ARGUMENTS
+    # A history with the object itself is the same prompt.
+    counts = []
+    for one in (arguments, json.loads(arguments)):
+        message["tool_calls"][0]["function"]["arguments"] = one
+        asked = {"messages": [*QUESTION, message]}
+        counts.append(client.post("/tokenize", json=asked).json()["tokens"])
+    assert counts[0] == counts[1]
+    assert '\\"city' not in server.parts.tokenizer.decode(counts[0])
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"tools": [WEATHER | {"function": {**WEATHER["function"], "strict": True}}]},
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_object"}, "tools": None},
+    ],
+    ids=["strict", "required", "json"],
+)
+def test_t9_what_never_comes_ends_with_the_tokens(wanted):
+    """A model that is to obey a grammar, and thinks on for ever in place of it."""
+    with serving(ACCESS, LIMITS, BARE) as bare, bare.client() as client:
+        bare.say("No. " * 20, end=False)
+        choice = client.post(CHAT, json=ASK | {"max_tokens": 40} | wanted).json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert "tool_calls" not in choice["message"]
+        bare.wait_idle()
+        bare.say("Hello.")
+        answer = client.post(CHAT, json={"messages": QUESTION, "temperature": 0}).json()
+        assert answer["choices"][0]["message"]["content"] == "Hello."
+
+
+def test_t9_an_error_of_a_grammar_ends_its_request_alone(server, client, monkeypatch):
+    server.say("Hello.")
+
+    def fail(self, token):
+        raise PyllamaError("the grammar has no such state")
+
+    asked = {"messages": QUESTION, "response_format": {"type": "json_object"}, "max_tokens": 20}
+    with monkeypatch.context() as patched:
+        patched.setattr(AfterThought, "accept", fail)
+        found = error(client.post(CHAT, json=asked), 500)
+        assert "no such state" in found["message"]
+        streamed = client.post(CHAT, json=asked | {"stream": True}).text
+        assert (
+            "no such state"
+            in json.loads(streamed.strip().rpartition("data: ")[2])["error"]["message"]
+        )
+    server.wait_idle()
+    assert client.get("/health").status_code == 200
+    answer = client.post(CHAT, json={"messages": QUESTION, "temperature": 0}).json()
+    assert answer["choices"][0]["message"]["content"] == "Hello."
 
 
 @pytest.mark.parametrize(

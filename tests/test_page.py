@@ -413,7 +413,7 @@ HOSTILE = """<script>window.broken = 1</script> <img src=x onerror="window.broke
 """
 
 
-def test_markup_of_the_model_is_inert(chat: Page, script: Script) -> None:
+def test_x7_markup_of_the_model_is_inert(chat: Page, script: Script) -> None:
     script.completions = [answer(*HOSTILE, reasoning=HOSTILE)]
     chat.ask(HOSTILE.replace("\n", " "))
     assert chat.run("return window.broken ?? null") is None
@@ -433,7 +433,7 @@ def test_markup_of_the_model_is_inert(chat: Page, script: Script) -> None:
     assert not [name for name in loaded if "example.com" in name]
 
 
-def test_any_markdown_in_any_pieces_gives_safe_elements(chat: Page) -> None:
+def test_x7_any_markdown_in_any_pieces_gives_safe_elements(chat: Page) -> None:
     """Random documents: only known elements and attributes, and the same tree however it is cut."""
     found = chat.driver.execute_async_script(
         """

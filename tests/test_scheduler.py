@@ -191,7 +191,7 @@ def test_prompts_are_read_in_the_order_of_their_arrival():
     assert order[1] == [0, 1]
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one():
+def test_b3_a_short_prompt_does_not_wait_for_a_long_one():
     root = FakeRoot(n_blocks=500, seq_len=1000, max_rows=64, max_logits=4)
     scheduler = scheduler_of(root)
     scheduler.add(sequence(0, range(900)))

@@ -1,6 +1,5 @@
 """Server-sent events: an answer piece by piece, while the client is there to take it."""
 
-import asyncio
 import logging
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any
@@ -14,7 +13,6 @@ from pyllama_dist.api.leaving import unless_gone
 
 log = logging.getLogger(__name__)
 
-_SEND_SECONDS = 60.0  # for a client to take a piece
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -37,8 +35,7 @@ class EventStream(Response):
     async def _send(self, send: Send, request_id: str) -> None:
         async def give(data: bytes, more: bool = True) -> None:
             body = {"type": "http.response.body", "body": data, "more_body": more}
-            async with asyncio.timeout(_SEND_SECONDS):
-                await send(body)
+            await send(body)
 
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
@@ -49,8 +46,6 @@ class EventStream(Response):
                     await give(dialect.ping if chunk is None else dialect.event(chunk))
         except ApiError as error:
             last = dialect.event(dialect.error(error, request_id))
-        except TimeoutError:
-            return
         except Exception as error:
             log.exception("a stream has failed")
             last = dialect.event(dialect.error(of_engine(error), request_id))

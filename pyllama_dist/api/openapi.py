@@ -26,9 +26,16 @@ _BODIES: dict[str, tuple[type, str]] = {
 }
 _PLAIN = {
     "/v1/models": "The model, under each of its names.",
+    "/v1/models/{name}": "The model of a name.",
     "/health": "Whether the model serves.",
+    "/v1/health": "Whether the model serves.",
     "/nodes": "What steps have cost each node.",
     "/metrics": "Counters for Prometheus.",
+    "/openapi.json": "This description.",
+}
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 
 
@@ -46,22 +53,31 @@ def describe() -> Json:
                     "required": True,
                     "content": {"application/json": {"schema": schema}},
                 },
-                "responses": _answers(path),
+                "responses": _answers(path, "application/json", *_streamed(kind)),
             }
         }
-        for (path, (_, summary)), schema in zip(_BODIES.items(), schemas, strict=True)
+        for (path, (kind, summary)), schema in zip(_BODIES.items(), schemas, strict=True)
     }
     for path, summary in _PLAIN.items():
         content = "text/plain" if path == "/metrics" else "application/json"
         paths[path] = {"get": {"summary": summary, "responses": _answers(path, content)}}
+        if name := path.partition("{")[2].rstrip("}"):
+            place = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            paths[path]["parameters"] = [place]
     return {
         "openapi": "3.1.0",
         "info": {"title": "pyllama-dist", "version": __version__},
+        "security": [{}, *({key: []} for key in _KEYS)],  # only a server that has keys asks for one
         "paths": paths,
         "components": {
-            "schemas": {**components, "Error": _ERROR, "MessagesError": _MESSAGES_ERROR}
+            "schemas": {**components, "Error": _ERROR, "MessagesError": _MESSAGES_ERROR},
+            "securitySchemes": _KEYS,
         },
     }
+
+
+def _streamed(kind: type) -> list[str]:
+    return ["text/event-stream"] if hasattr(kind, "stream") else []
 
 
 _NULLABLE = {"type": ["string", "null"]}
@@ -98,12 +114,12 @@ _MESSAGES_ERROR: Json = {
 }
 
 
-def _answers(path: str, content: str = "application/json") -> Json:
+def _answers(path: str, *content: str) -> Json:
     """What a path answers, by status."""
     name = "MessagesError" if path.startswith("/v1/messages") else "Error"
     error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     return {
-        "200": {"description": "The answer.", "content": {content: {}}},
+        "200": {"description": "The answer.", "content": {one: {} for one in content}},
         "4XX": {"description": "What the client can mend.", "content": error},
         "5XX": {"description": "What the server could not do.", "content": error},
     }

@@ -23,6 +23,7 @@ Stops = (
 Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Repetition = Annotated[float, Meta(ge=0.01, le=10)]  # logits are divided by it
 Id = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Ids = Annotated[list[Id], Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -126,8 +127,8 @@ class Sampled(Struct, kw_only=True):
     min_p: Share | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Repetition | None = None
+    repeat_penalty: Repetition | None = None
     logit_bias: (
         Annotated[
             dict[

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pyllama_dist import __version__, interrupt
 from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.errors import unavailable
+from pyllama_dist.api.protocol import HttpProtocol
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Model, Service
 from pyllama_dist.conversation import ModelParts
@@ -53,7 +55,7 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         UsageError: the port is in use, or the address is not of this machine.
         PyllamaError: the model could not be brought up.
     """
-    config = uvicorn_config(service, access, host, port)
+    config = uvicorn_config(make_app(service, access), host, port)
     try:
         listener = bind(config)
     except (SystemExit, OSError) as error:
@@ -71,10 +73,10 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         raise model.error
 
 
-def uvicorn_config(service: Service, access: Access, host: str, port: int) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
     """How HTTP is spoken."""
     return uvicorn.Config(
-        make_app(service, access),
+        app,
         host=host,
         port=port,
         log_config=None,
@@ -82,6 +84,7 @@ def uvicorn_config(service: Service, access: Access, host: str, port: int) -> uv
         server_header=False,
         proxy_headers=False,
         lifespan="off",
+        http=HttpProtocol,
         ws="none",
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=_END_SECONDS,
