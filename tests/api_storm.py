@@ -129,10 +129,10 @@ async def _leave(url: str, client: Leaving, number: int) -> str:
 
 def _body(text: str, client: Leaving) -> dict[str, object]:
     """A request in every dialect: each ignores what it does not know."""
+    asked = {"prompt": text} if client.route.endswith("/completions") else {"input": text}
     return {
+        **asked,
         "messages": [{"role": "user", "content": text}],
-        "prompt": text,
-        "input": text,
         "max_tokens": client.tokens,
         "max_output_tokens": client.tokens,
         "stream": client.stream,

@@ -275,7 +275,7 @@ def test_the_description_names_every_route(client, server):
     described = client.get("/openapi.json").json()["paths"]
     routes = {
         (route.path.replace(":path", ""), method.lower())
-        for route in server.server.config.app._app.routes
+        for route in server.server.config.app._app._app.routes
         for method in route.methods - {"HEAD"}
     }
     apart = {("/", "get"), ("/page/{name}", "get"), ("/v1/embeddings", "post")}  # no API of ours
