@@ -361,21 +361,23 @@ def test_the_model_reads_what_it_would_in_a_chat(server, client):
 
 
 def test_effort_none_turns_thinking_off():
-    template = TEMPLATE + "{{ enable_thinking | default('unset') }}{{ reasoning_effort }}"
+    unset = "nobody has said so"
+    template = (
+        TEMPLATE + f"{{{{ enable_thinking | default('{unset}') }}}}{{{{ reasoning_effort }}}}"
+    )
+    texts = {None: unset, "none": "False", "medium": unset + "medium"}
     with serving(template=template) as server, server.client() as client:
         server.say("Hello.")
-        counts = {
-            effort: ask(client, reasoning={"effort": effort, "summary": "auto"})["usage"][
-                "input_tokens"
-            ]
-            for effort in (None, "none", "medium")
-        }
-        texts = {None: "unset", "none": "False", "medium": "unsetmedium"}
         sizes = {effort: len(server.parts.tokenizer.encode(text)) for effort, text in texts.items()}
-        kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
-        assert ask(client, **kwargs)["usage"]["input_tokens"] == counts["none"]
-    assert counts["none"] - counts[None] == sizes["none"] - sizes[None]
-    assert counts["medium"] - counts[None] == sizes["medium"] - sizes[None]
+
+        def size(**body):
+            return ask(client, **body)["usage"]["input_tokens"]
+
+        counts = {effort: size(reasoning={"effort": effort, "summary": "auto"}) for effort in texts}
+        assert counts["none"] == size(chat_template_kwargs={"enable_thinking": False})
+    for effort in texts:
+        assert counts[effort] - counts[None] == sizes[effort] - sizes[None]
+    assert counts["none"] < counts[None] < counts["medium"]
 
 
 # --- tools and formats
