@@ -65,8 +65,8 @@ def test_logprobs(client):
 
 
 def test_the_stream_helper(server, client, monkeypatch):
-    monkeypatch.setattr("pyllama_dist.api.answer.PING_SECONDS", 0.01)
-    server.root.pause = 0.02
+    monkeypatch.setattr("pyllama_dist.api.answer.PING_SECONDS", 0.001)
+    server.root.pause = 0.004
     server.say("<think>Let me see.</think>I look." + CALL)
     with client.responses.stream(**ASK, tools=[TOOL]) as stream:
         snapshots = list(stream)
