@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import pytest
 
 from pyllama_dist.api import answer as answers
+from pyllama_dist.api.anthropic.conversation import conversation
+from pyllama_dist.api.anthropic.requests import MessagesRequest
+from pyllama_dist.api.requests import decode
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
 from pyllama_dist.errors import NodeError
@@ -451,9 +454,8 @@ BARE = """
     ("choice", "names"),
     [
         ({"type": "any"}, {"look", "sing"}),
-        ({"type": "any", "disable_parallel_tool_use": True}, {"look", "sing"}),
         ({"type": "tool", "name": "look"}, {"look"}),
-        ({"type": "tool", "name": "sing", "disable_parallel_tool_use": True}, {"sing"}),
+        ({"type": "tool", "name": "sing"}, {"sing"}),
     ],
     ids=str,
 )
@@ -473,8 +475,16 @@ def test_t16_a_call_that_is_required_comes(choice, names):
     assert calls
     assert {call["name"] for call in calls} <= names
     assert all(call["name"] == "sing" or call["input"]["days"] in (1, 2) for call in calls)
-    if "disable_parallel_tool_use" in choice:
-        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("type_", ["auto", "any"])
+def test_calls_side_by_side_can_be_forbidden(type_):
+    """The grammar is that of chat, where this is `parallel_tool_calls`."""
+    for forbidden in (None, False, True):
+        choice = {"type": type_, "disable_parallel_tool_use": forbidden}
+        body = json.dumps(ASK | {"tool_choice": choice}).encode()
+        asked = conversation(decode(body, MessagesRequest))
+        assert asked.parallel_tool_calls is (not forbidden)
 
 
 def test_t16_none_is_none(server, client):
@@ -597,9 +607,8 @@ def test_x1_x2_errors_of_access(path):
 @contextmanager
 def full(running):
     """A server on which the only place is taken."""
-    running.say("word " * 100)
-    running.root.pause = 0.02
-    connection = send(running, CHAT_HELLO | {"stream": True})
+    running.root.pause = 0.05
+    connection = send(running, CHAT_HELLO | {"stream": True, "ignore_eos": True})
     try:
         wait_until(lambda: running.engine.load.running == 1)
         yield
