@@ -8,6 +8,7 @@ import pytest
 from pyllama_dist.api import answer as answers
 from pyllama_dist.api.anthropic.conversation import conversation
 from pyllama_dist.api.anthropic.requests import MessagesRequest
+from pyllama_dist.api.prompts import prompt_of
 from pyllama_dist.api.requests import decode
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
@@ -282,8 +283,8 @@ def test_system_texts(client, prompts):
     assert "<system>You are brief.\nYou are kind.</system><user>hello</user>" in prompts[0]
     for system in ("", None, header, [blocks[0]], []):
         assert client.post(MESSAGES, json=HELLO | {"system": system}).status_code == 200
-    assert prompts[3] == prompts[4] == prompts[5] == prompts[6]
-    assert "system" not in prompts[3]
+    assert len(set(prompts[2:7])) == 1
+    assert "system" not in prompts[2]
     within = [USER, {"role": "system", "content": "Now sing."}, USER]
     assert client.post(MESSAGES, json=HELLO | {"messages": within}).status_code == 200
     assert prompts[7].count("<system>Now sing.</system><user>") == 1
@@ -475,6 +476,22 @@ def test_t16_a_call_that_is_required_comes(choice, names):
     assert calls
     assert {call["name"] for call in calls} <= names
     assert all(call["name"] == "sing" or call["input"]["days"] in (1, 2) for call in calls)
+
+
+def test_t15_a_call_of_glm_4_is_in_the_next_prompt_as_the_model_wrote_it():
+    call = {"type": "tool_use", "id": "x", "name": "get_weather", "input": INPUT}
+    result = {"type": "tool_result", "tool_use_id": "x", "content": "rain"}
+    history = [
+        USER,
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+    ]
+    body = json.dumps(ASK | {"messages": history}).encode()
+    with serving(template=BARE) as bare:
+        asked = conversation(decode(body, MessagesRequest))
+        text = bare.parts.tokenizer.decode(prompt_of(bare.service, asked).tokens)
+    written = '<assistant>get_weather\n{"city": "Łódź", "days": 3}'
+    assert text.endswith(f"{written}<observation>\nrain<assistant>")
 
 
 @pytest.mark.parametrize("type_", ["auto", "any"])
