@@ -6,6 +6,10 @@ from contextlib import contextmanager
 import pytest
 
 from pyllama_dist.api import answer as answers
+from pyllama_dist.api.anthropic.conversation import conversation
+from pyllama_dist.api.anthropic.requests import MessagesRequest
+from pyllama_dist.api.prompts import prompt_of
+from pyllama_dist.api.requests import decode
 from pyllama_dist.api.security import Access
 from pyllama_dist.api.service import Limits
 from pyllama_dist.errors import NodeError
@@ -279,8 +283,8 @@ def test_system_texts(client, prompts):
     assert "<system>You are brief.\nYou are kind.</system><user>hello</user>" in prompts[0]
     for system in ("", None, header, [blocks[0]], []):
         assert client.post(MESSAGES, json=HELLO | {"system": system}).status_code == 200
-    assert prompts[3] == prompts[4] == prompts[5] == prompts[6]
-    assert "system" not in prompts[3]
+    assert len(set(prompts[2:7])) == 1
+    assert "system" not in prompts[2]
     within = [USER, {"role": "system", "content": "Now sing."}, USER]
     assert client.post(MESSAGES, json=HELLO | {"messages": within}).status_code == 200
     assert prompts[7].count("<system>Now sing.</system><user>") == 1
@@ -451,9 +455,8 @@ BARE = """
     ("choice", "names"),
     [
         ({"type": "any"}, {"look", "sing"}),
-        ({"type": "any", "disable_parallel_tool_use": True}, {"look", "sing"}),
         ({"type": "tool", "name": "look"}, {"look"}),
-        ({"type": "tool", "name": "sing", "disable_parallel_tool_use": True}, {"sing"}),
+        ({"type": "tool", "name": "sing"}, {"sing"}),
     ],
     ids=str,
 )
@@ -473,8 +476,32 @@ def test_t16_a_call_that_is_required_comes(choice, names):
     assert calls
     assert {call["name"] for call in calls} <= names
     assert all(call["name"] == "sing" or call["input"]["days"] in (1, 2) for call in calls)
-    if "disable_parallel_tool_use" in choice:
-        assert len(calls) == 1
+
+
+def test_t15_a_call_of_glm_4_is_in_the_next_prompt_as_the_model_wrote_it():
+    call = {"type": "tool_use", "id": "x", "name": "get_weather", "input": INPUT}
+    result = {"type": "tool_result", "tool_use_id": "x", "content": "rain"}
+    history = [
+        USER,
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+    ]
+    body = json.dumps(ASK | {"messages": history}).encode()
+    with serving(template=BARE) as bare:
+        asked = conversation(decode(body, MessagesRequest))
+        text = bare.parts.tokenizer.decode(prompt_of(bare.service, asked).tokens)
+    written = '<assistant>get_weather\n{"city": "Łódź", "days": 3}'
+    assert text.endswith(f"{written}<observation>\nrain<assistant>")
+
+
+@pytest.mark.parametrize("type_", ["auto", "any"])
+def test_calls_side_by_side_can_be_forbidden(type_):
+    """The grammar is that of chat, where this is `parallel_tool_calls`."""
+    for forbidden in (None, False, True):
+        choice = {"type": type_, "disable_parallel_tool_use": forbidden}
+        body = json.dumps(ASK | {"tool_choice": choice}).encode()
+        asked = conversation(decode(body, MessagesRequest))
+        assert asked.parallel_tool_calls is (not forbidden)
 
 
 def test_t16_none_is_none(server, client):
@@ -597,9 +624,8 @@ def test_x1_x2_errors_of_access(path):
 @contextmanager
 def full(running):
     """A server on which the only place is taken."""
-    running.say("word " * 100)
-    running.root.pause = 0.02
-    connection = send(running, CHAT_HELLO | {"stream": True})
+    running.root.pause = 0.05
+    connection = send(running, CHAT_HELLO | {"stream": True, "ignore_eos": True})
     try:
         wait_until(lambda: running.engine.load.running == 1)
         yield

@@ -76,7 +76,7 @@ def generation(body: MessagesRequest) -> ChatRequest:
 
 def _system(content: str | Sequence[Block], place: str) -> Iterator[Message]:
     texts = [content] if isinstance(content, str) else _texts(content, place)
-    if kept := [text for text in texts if not text.startswith(_CLIENT_HEADER)]:
+    if kept := [text for text in texts if text and not text.startswith(_CLIENT_HEADER)]:
         yield Message("system", "\n".join(kept))
 
 
