@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import httpx
 import numpy as np
@@ -25,7 +24,6 @@ from pyllama_dist.conversation import ModelParts, open_model
 from pyllama_dist.engine.engine import Engine
 from pyllama_dist.text.chat_template import ChatTemplate
 from pyllama_dist.text.sandbox import SandboxedTemplate
-from pyllama_kernels.pages import KV_BLOCK
 from tests.fake_root import FakeRoot
 
 OPEN, LIMITS = Access(), Limits(4, 8)
@@ -81,7 +79,7 @@ class Running:
     """A server that runs."""
 
     url: str
-    root: Any  # a ScriptedRoot, unless a test has its own
+    root: ScriptedRoot
     service: Service
     engine: Engine
     parts: ModelParts
@@ -133,61 +131,46 @@ def serving(
     names: Sequence[str] = ("tiny",),
     **sizes: int,
 ) -> Iterator[Running]:
-    """A server in front of a scripted root."""
+    """A server at a free port; it ends with the context."""
     with open_model(BUILTIN) as parts:
         if template is not None:
             sandboxed = SandboxedTemplate(template, "a test")
             parts = replace(parts, template=ChatTemplate(sandboxed, parts.tokenizer))
         root = ScriptedRoot(parts.tokenizer.vocab_size, **sizes)
-        with running(parts, root, access, limits, names) as found:
-            yield found
+        service = Service(names, limits, Metrics(names[0]))
+        config = configured(make_app(service, access), "127.0.0.1", 0)
+        config.timeout_graceful_shutdown = 2
+        server, ready = uvicorn.Server(config), threading.Event()
+        engines: list[Engine] = []
 
+        async def run() -> None:
+            bridge = Bridge(asyncio.get_running_loop(), service.metrics.step)
+            engine = Engine(root, root.size, parallel=limits.parallel, after_step=bridge.after_step)
+            engines.append(engine)
+            service.begin(Model(parts, engine, bridge, ("the root",)))
+            await server.serve()
 
-@contextmanager
-def running(
-    parts: ModelParts,
-    root: Any,
-    access: Access = OPEN,
-    limits: Limits = LIMITS,
-    names: Sequence[str] = ("tiny",),
-) -> Iterator[Running]:
-    """A server at a free port, in front of a root; it ends with the context."""
-    size = getattr(root, "size", KV_BLOCK)  # of a block
-    nodes = getattr(root, "names", ("the root",))
-    service = Service(names, limits, Metrics(names[0]))
-    config = configured(make_app(service, access), "127.0.0.1", 0)
-    config.timeout_graceful_shutdown = 2
-    server, ready = uvicorn.Server(config), threading.Event()
-    engines: list[Engine] = []
+        def main() -> None:
+            asyncio.run(run())
+            engines[0].close()
+            service.close()
 
-    async def run() -> None:
-        bridge = Bridge(asyncio.get_running_loop(), service.metrics.step)
-        engine = Engine(root, size, parallel=limits.parallel, after_step=bridge.after_step)
-        engines.append(engine)
-        service.begin(Model(parts, engine, bridge, nodes))
-        await server.serve()
-
-    def main() -> None:
-        asyncio.run(run())
-        engines[0].close()
-        service.close()
-
-    server.install_signal_handlers = lambda: None
-    thread = threading.Thread(target=main, name="server")
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        ready.set()
-        port = server.servers[0].sockets[0].getsockname()[1]
-        url = f"http://127.0.0.1:{port}"
-        yield Running(url, root, service, engines[0], parts, server)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+        server.install_signal_handlers = lambda: None
+        thread = threading.Thread(target=main, name="server")
+        thread.start()
+        try:
+            deadline = time.monotonic() + 20
+            while not server.started:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            ready.set()
+            port = server.servers[0].sockets[0].getsockname()[1]
+            url = f"http://127.0.0.1:{port}"
+            yield Running(url, root, service, engines[0], parts, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def events(text: str) -> list[dict]:
