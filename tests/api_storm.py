@@ -149,9 +149,13 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="a model on three nodes answers")
     chosen = parser.parse_args()
     moments = ["end"] if chosen.stay else MOMENTS
-    start = real if chosen.real else lambda: scripted(Limits(4, 60), pause=0.005)
     met, warm = Counter[str](), max(1, chosen.clients // 10)
-    with start() as server:
+    queue = chosen.clients  # nobody is refused: who has left may be there for a moment
+    if chosen.real:
+        started = real("--max-queue", str(queue))
+    else:
+        started = scripted(Limits(4, queue), pause=0.005)
+    with started as server:
         routes = routes_of(server.url)
         taken = []
         for begin, end in ((0, warm), (warm, chosen.clients)):
