@@ -94,6 +94,16 @@ class Root(Closing):
             np.concatenate([part[: len(logits)] for part in self._slices], axis=1, out=logits)
         return logits
 
+    def check(self) -> None:
+        """Looks after the workers, without asking them.
+
+        Raises:
+            NodeError: a worker was lost; with address, phase and what to do.
+        """
+        with self._workers.blaming():
+            if self._workers.mesh is not None:
+                self._workers.mesh.check()
+
     def usage(self) -> list[Usage]:
         """What steps have cost each worker so far, and the memory it has taken.
 

@@ -83,22 +83,24 @@ async def storm(
 ) -> Counter[str]:
     """Lets clients come and leave; what each has met, by moment. `first` makes prompts differ."""
     places, met = asyncio.Semaphore(at_once), Counter[str]()
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as asking:
+        model = (await asking.get("/v1/models")).json()["data"][0]["id"]
 
     async def one(number: int, client: Leaving) -> None:
         async with places:
-            met[f"{client.moment}: {await _leave(url, client, number)}"] += 1
+            met[
+                f"{client.moment}: {await _leave(url, client, _body(f'{number} ', model, client))}"
+            ] += 1
 
     await asyncio.gather(*(one(first + number, client) for number, client in enumerate(clients)))
     return met
 
 
-async def _leave(url: str, client: Leaving, number: int) -> str:
+async def _leave(url: str, client: Leaving, body: bytes) -> str:
     """One client's stay; the status line that it got, if it read so far."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port
     reader, writer = await asyncio.open_connection(host, port)
     try:
-        text = f"{number} " + "word " * client.words
-        body = json.dumps(_body(text, client)).encode()
         head = (
             f"POST {client.route} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -127,17 +129,19 @@ async def _leave(url: str, client: Leaving, number: int) -> str:
             await writer.wait_closed()
 
 
-def _body(text: str, client: Leaving) -> dict[str, object]:
+def _body(begin: str, model: str, client: Leaving) -> bytes:
     """A request in every dialect: each ignores what it does not know."""
+    text = begin + "word " * client.words
     asked = {"prompt": text} if client.route.endswith("/completions") else {"input": text}
-    return {
+    fields = {
         **asked,
         "messages": [{"role": "user", "content": text}],
         "max_tokens": client.tokens,
         "max_output_tokens": client.tokens,
         "stream": client.stream,
-        "model": None,
+        "model": model,
     }
+    return json.dumps(fields).encode()
 
 
 def main() -> None:
@@ -149,9 +153,13 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="a model on three nodes answers")
     chosen = parser.parse_args()
     moments = ["end"] if chosen.stay else MOMENTS
-    start = real if chosen.real else lambda: scripted(Limits(4, 60), pause=0.005)
     met, warm = Counter[str](), max(1, chosen.clients // 10)
-    with start() as server:
+    queue = chosen.clients  # nobody is refused: who has left may be there for a moment
+    if chosen.real:
+        started = real("--max-queue", str(queue))
+    else:
+        started = scripted(Limits(4, queue), pause=0.005)
+    with started as server:
         routes = routes_of(server.url)
         taken = []
         for begin, end in ((0, warm), (warm, chosen.clients)):

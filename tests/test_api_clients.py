@@ -7,6 +7,7 @@ import sys
 import time
 
 import anthropic
+import httpx
 import openai
 import psutil
 import pydantic
@@ -267,6 +268,24 @@ def test_l5_a_killed_worker_is_told_to_every_stream():
             health = client._client.get(f"http://127.0.0.1:{port}/health")
             assert health.status_code == 503
             assert health.json()["error"]["code"] == "node_lost"
+    finally:
+        started.stop()
+
+
+def test_l5_a_worker_that_is_killed_while_nobody_asks():
+    started = Process("api", "--port", "0", "--local-workers", "2", "--nthreads", "1")
+    try:
+        port = started.output(r"http://127\.0\.0\.1:(\d+)")[1]
+        started.output("is ready on 3 nodes", timeout=100)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            assert client.get("/health").status_code == 200
+            psutil.Process(started.pid).children()[0].kill()
+            deadline = time.monotonic() + 20
+            while (health := client.get("/health")).status_code == 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert health.status_code == 503
+        assert health.json()["error"]["code"] == "node_lost"
     finally:
         started.stop()
 

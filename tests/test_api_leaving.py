@@ -7,11 +7,12 @@ import threading
 import psutil
 import pytest
 
+from pyllama_dist.api import service
 from pyllama_dist.api.errors import ApiError, unavailable
 from pyllama_dist.api.service import Limits
 from pyllama_dist.errors import NodeError
 from tests.api_server import CHAT, HELLO, error, send, serving, wait_until
-from tests.api_storm import AT_ONCE, draw, routes_of, storm
+from tests.api_storm import draw, routes_of, storm
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -49,7 +50,7 @@ def test_l1_a_client_that_leaves_frees_its_place(server, stream, queued):
 
 @pytest.mark.parametrize("count", [50, 200])
 def test_l2_many_that_leave_leave_nothing(count):
-    with serving(limits=Limits(4, AT_ONCE)) as server:
+    with serving(limits=Limits(4, count)) as server:  # who has left may be there for a moment
         server.say("word " * 50)
         server.root.pause = 0.002
         routes = routes_of(server.url)
@@ -126,6 +127,23 @@ def test_l5_a_lost_node_ends_every_stream():
         assert error(client.get("/health"), 503)["code"] == "node_lost"
         error(client.post(CHAT, json=HELLO), 503)
         assert "10.0.0.2:9990" in client.get("/nodes").json()["error"]
+
+
+def test_l5_a_node_that_is_lost_while_nobody_asks(monkeypatch):
+    monkeypatch.setattr(service, "_WATCH_SECONDS", 0.01)
+    with serving() as running, running.client() as client:
+        looked = []
+
+        def check() -> None:
+            looked.append(1)
+            if len(looked) == 3:
+                raise NodeError("lost worker 10.0.0.2:9990 in phase STEP: gone")
+
+        running.root.check = check
+        loop = running.service.model.bridge._loop
+        asyncio.run_coroutine_threadsafe(running.service.watch(), loop).result(20)
+        assert len(looked) == 3
+        assert error(client.get("/health"), 503)["code"] == "node_lost"
 
 
 def test_l4_streams_are_told_that_the_server_ends():

@@ -64,7 +64,7 @@ def serve(service: Service, access: Access, load: Load, host: str, port: int) ->
         ) from None
     model = _Model(service, load)
     try:
-        asyncio.run(_run(_Server(config, service), [listener], model))
+        asyncio.run(_run(_Server(config, service), [listener], model, service))
     finally:
         model.end()
         service.close()
@@ -102,9 +102,15 @@ def bind(config: uvicorn.Config) -> socket.socket:
     return listener
 
 
-async def _run(server: "_Server", sockets: list[socket.socket], model: "_Model") -> None:
+async def _run(
+    server: "_Server", sockets: list[socket.socket], model: "_Model", service: Service
+) -> None:
     model.start(asyncio.get_running_loop(), server)
-    await server.serve(sockets)
+    watching = asyncio.create_task(service.watch())
+    try:
+        await server.serve(sockets)
+    finally:
+        watching.cancel()
 
 
 class _Server(uvicorn.Server):

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine, unavailable
@@ -24,7 +25,9 @@ from pyllama_dist.text.grammar.thought import ThinkTags
 log = logging.getLogger(__name__)
 
 _USAGE_SECONDS = 1.0  # workers are asked at most so often
+_WATCH_SECONDS = 1.0  # between two looks after idle nodes
 _GUESSED_SECONDS = 10.0  # for an answer, while none has been given yet
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -205,11 +208,28 @@ class Service:
         async with self._asking:
             when, found = self._usage
             if time.monotonic() - when > _USAGE_SECONDS:
-                try:
-                    asked = engine.call_between_steps(engine.root.usage)
-                    found = await asyncio.wrap_future(asked)
-                except PyllamaError as error:
-                    self.failure = of_engine(error)
-                    raise replace(self.failure) from None
+                found = await self._between_steps(engine, engine.root.usage)
                 self._usage = time.monotonic(), found
             return found
+
+    async def watch(self) -> None:
+        """Looks after the nodes while nobody asks for anything, until one is lost."""
+        while self.failure is None:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if self.model is not None and not self.model.engine.load.running:
+                engine = self.model.engine
+                with suppress(ApiError):
+                    await self._between_steps(engine, engine.root.check)
+
+    async def _between_steps(self, engine: Engine, function: Callable[[], _T]) -> _T:
+        """What a function of the root returns; if it fails, nothing is served any more.
+
+        Raises:
+            ApiError: it has failed.
+        """
+        try:
+            future = engine.call_between_steps(function)
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except Exception as error:
+            self.failure = of_engine(error)
+            raise replace(self.failure) from None
