@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from pyllama_dist.engine.blocks import BlockPool
-from pyllama_dist.engine.scheduler import Scheduler, Step
+from pyllama_dist.engine.scheduler import BESIDE, Scheduler, Step
 from pyllama_dist.engine.sequence import Request, Sequence, State
 from pyllama_kernels.pages import KV_BLOCK
 from tests.fake_root import FakeRoot
@@ -40,9 +40,9 @@ def sequence(number: int, prompt, max_tokens: int = 5, **options) -> Sequence:
     )
 
 
-def run(root: FakeRoot, scheduler: Scheduler) -> Step | None:
+def run(root: FakeRoot, scheduler: Scheduler, beside: int = BESIDE) -> Step | None:
     """One step, and what an engine does after it."""
-    step = scheduler.plan()
+    step = scheduler.plan(beside)
     if step is None:
         return None
     logits = root.step(step.tokens, step.batch)
@@ -200,7 +200,19 @@ def test_b3_a_short_prompt_does_not_wait_for_a_long_one():
     scheduler.add(sequence(2, [2] * 20))
     assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(0, 64)]
     scheduler.end(scheduler.waiting[0])  # nobody overtakes one who waits
-    assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(0, 32), (2, 20)]
+    assert [(one.number, count) for one, count in run(root, scheduler).rows] == [(2, 20), (0, 32)]
+
+
+def test_b3_nor_where_a_step_has_room_for_one_prompt_only():
+    root = FakeRoot(n_blocks=500, seq_len=1000, max_rows=64, max_logits=4)
+    scheduler = scheduler_of(root)
+    scheduler.add(sequence(0, [1], 50))
+    run(root, scheduler)
+    for number, length in ((1, 900), (2, 10), (3, 16)):
+        scheduler.add(sequence(number, [number] * length, 1))
+    steps = [run(root, scheduler, beside=16) for _ in range(5)]
+    prompts = [[(one.number, count) for one, count in step.rows if one.number] for step in steps]
+    assert prompts == [[(2, 10)], [(1, 16)], [(3, 16)], [(1, 16)], [(1, 16)]]
 
 
 def test_what_a_long_prompt_leaves_is_half_of_what_is_left_to_it():
@@ -210,7 +222,7 @@ def test_what_a_long_prompt_leaves_is_half_of_what_is_left_to_it():
     for number, length in enumerate((200, 100, 16)):
         scheduler.add(sequence(number, [number] * length))
     step = run(root, scheduler)
-    assert [(one.number, count) for one, count in step.rows] == [(0, 200), (1, 32), (2, 16)]
+    assert [(one.number, count) for one, count in step.rows] == [(0, 200), (2, 16), (1, 32)]
 
 
 def test_groups_take_turns_to_start():

@@ -212,7 +212,8 @@ class Answer:
             open_ = len(tasks)
             while open_:
                 try:
-                    item = await asyncio.wait_for(queue.get(), PING_SECONDS)
+                    async with asyncio.timeout(PING_SECONDS):
+                        item = await queue.get()
                 except TimeoutError:
                     item = Ping()
                 if isinstance(item, ApiError):

@@ -3,7 +3,8 @@
 A step first has a row for each sequence that decodes, then rows of prompts, in the order in which
 their sequences arrived: as many as the budget allows, in multiples of 16 but for the end of a
 prompt. While others decode, prompts take fewer rows, so that those do not wait too long. A prompt
-longer than the budget leaves half of it to shorter ones that would end within that.
+longer than the budget leaves half of it to shorter ones that would end within that; an odd 16 rows
+are each other's in turns, so where the budget is no more than 16 rows, they take every second step.
 
 Of those that wait, the first is one whose group has the fewest running. A sequence starts when
 there are blocks for all its tokens. When one that decodes needs another
@@ -53,6 +54,7 @@ class Scheduler:
         self._table = BlockTable(n_seqs)
         self._rows = list(reversed(range(n_seqs)))
         self._max_rows, self._max_logits = max_rows, max_logits
+        self._turn = 1  # whose an odd unit is: 0 that of a long prompt, 1 of those that overtake it
         self._unit = _UNIT if max_rows >= 2 * _UNIT else 1
         # Those that decode leave room for a prompt, and for its logits.
         self._most = max(1, min(n_seqs, max_rows - self._unit + 1, max_logits))
@@ -106,33 +108,45 @@ class Scheduler:
     def _prefills(self, budget: int, logits: int) -> list[tuple[Sequence, int]]:
         parts = []
         prompts = [s for s in self.running if s.state is State.PREFILL] + self._queue()
-        overtaken = False
+        overtaken: Sequence | None = None
+        kept = 0  # rows for the one that is overtaken
+        self._turn = 1 - self._turn
         for place, sequence in enumerate(prompts):
             if budget < min(self._unit, sequence.remaining) or logits < 1:
                 break
-            # Only who is being read is overtaken: who waits would have to wait for more blocks.
-            if overtaken and sequence.remaining > budget and sequence.state is State.PREFILL:
+            if overtaken and sequence.remaining > budget:
+                # Only who is being read is overtaken: who waits would have to wait for more blocks.
+                if sequence.state is State.WAITING:
+                    break
                 continue
             if sequence.state is State.WAITING and not self._start(sequence):
                 break
-            count, most = sequence.remaining, budget
-            short = budget // (2 * self._unit) * self._unit  # left to prompts that end within it
-            if count > most and self._is_one_short(prompts[place + 1 :], short):
-                most, overtaken = budget - short, True
-            if sequence.request.prompt_logits:
-                count = most = min(logits, budget, sequence.remaining)
-            if count > most:
-                count = most // self._unit * self._unit
-            whole = count == sequence.remaining
-            self._write(sequence, count)
+            # Left to prompts that end within it.
+            short = (budget // self._unit + self._turn) // 2 * self._unit
+            if sequence.remaining > budget and self._is_one_short(prompts[place + 1 :], short):
+                overtaken, kept, budget = sequence, budget - short, short
+                continue
+            count = self._read(sequence, budget, logits)
             parts.append((sequence, count))
             budget -= count
-            logits -= count if sequence.request.prompt_logits else whole
-            if whole:
-                sequence.state = State.DECODE
-            elif not overtaken:
+            logits -= count if sequence.request.prompt_logits else not sequence.remaining
+            if sequence.remaining:
                 break
+        if overtaken and (count := self._read(overtaken, kept + budget, logits)):
+            parts.append((overtaken, count))
         return parts
+
+    def _read(self, sequence: Sequence, most: int, logits: int) -> int:
+        """Plans as many rows of a prompt as there may be, in multiples of 16 but for its end."""
+        count = sequence.remaining
+        if sequence.request.prompt_logits:
+            count = most = min(logits, most, count)
+        if count > most:
+            count = most // self._unit * self._unit
+        self._write(sequence, count)
+        if not sequence.remaining:
+            sequence.state = State.DECODE
+        return count
 
     @staticmethod
     def _is_one_short(prompts: Tokens[Sequence], rows: int) -> bool:
