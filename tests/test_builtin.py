@@ -153,8 +153,9 @@ def test_it_says_that_it_is_a_demonstration(parts):
 
 def test_it_shows_the_tokens_that_it_speaks_of(parts):
     with many_sequences(parts, 1) as root:
-        (answer,) = answers(parts, root, ["What is [gMASK]?"])
-    assert "[gMASK] and <sop>" in answer
+        begin, end = answers(parts, root, ["What is [gMASK]?", "What ends an answer?"])
+    assert "[gMASK] and <sop>" in begin
+    assert "<|endoftext|>, <|user|> and <|observation|>; any" in end
 
 
 def float_logits(parts, tokens: list[int]) -> np.ndarray:
