@@ -1,7 +1,9 @@
 """Servers in processes of their own, so that what they take is theirs alone."""
 
 import multiprocessing
+import os
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -137,10 +139,21 @@ def _serve(pipe: Connection, limits: Limits, pause: float) -> None:
 def real(*flags: str) -> Iterator[Server]:
     """`pyllama-dist api` with two workers on this machine."""
     started = Process("api", "--port", "0", "--local-workers", "2", "--nthreads", "1", *flags)
+    log = threading.Thread(target=_drain, args=(started.process.stderr.fileno(),), daemon=True)
     try:
         port = started.output(r"http://127\.0\.0\.1:(\d+)")[1]
         started.output("is ready on 3 nodes", timeout=200)
+        log.start()
         yield _Real(f"http://127.0.0.1:{port}", started.pid)
         assert started.process.poll() is None
     finally:
+        started.process.kill()
+        if log.is_alive():
+            log.join(10)
         started.stop()
+
+
+def _drain(descriptor: int) -> None:
+    """Reads a log, so that whoever writes it does not wait."""
+    while os.read(descriptor, 65536):
+        pass

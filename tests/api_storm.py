@@ -130,18 +130,12 @@ async def _leave(url: str, client: Leaving, body: bytes) -> str:
 
 
 def _body(begin: str, model: str, client: Leaving) -> bytes:
-    """A request in every dialect: each ignores what it does not know."""
+    """A request in the dialect of its route."""
     text = begin + "word " * client.words
-    asked = {"prompt": text} if client.route.endswith("/completions") else {"input": text}
-    fields = {
-        **asked,
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": client.tokens,
-        "max_output_tokens": client.tokens,
-        "stream": client.stream,
-        "model": model,
-    }
-    return json.dumps(fields).encode()
+    others = {"/v1/completions": {"prompt": text}, "/v1/responses": {"input": text}}
+    asked = others.get(client.route, {"messages": [{"role": "user", "content": text}]})
+    most = {"max_tokens": client.tokens, "max_output_tokens": client.tokens}
+    return json.dumps({**asked, **most, "stream": client.stream, "model": model}).encode()
 
 
 def main() -> None:
