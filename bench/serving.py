@@ -319,7 +319,7 @@ def measure_overhead(
     found: dict[Way, list[Heard]] = defaultdict(list)
     with measuring("overhead", setting, out) as (model, report):
         for way in WAYS:
-            model.ask(way, [model.question(_SHORT, 4)])
+            model.ask(way, [model.question(_SHORT, min(4, answer))])
         for way in in_turns(rounds, WAYS):
             found[way] += model.ask(way, [model.question(_SHORT, answer)])
         step = median(one.tpot for one in found["engine"])
