@@ -14,7 +14,7 @@ from pyllama_dist.errors import NodeError
 from tests.api_server import serving, wait_until
 from tests.test_api_messages import CALL, INPUT, SURE, TEMPLATE, THOUGHT, WEATHER, full
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 QUESTION = [{"role": "user", "content": "weather?"}]
 HELLO = {"model": "tiny", "max_tokens": 300, "messages": QUESTION}

@@ -48,6 +48,7 @@ def test_l1_a_client_that_leaves_frees_its_place(server, stream, queued):
     server.wait_idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [50, 200])
 def test_l2_many_that_leave_leave_nothing(count):
     with serving(limits=Limits(4, count)) as server:  # who has left may be there for a moment
@@ -62,6 +63,7 @@ def test_l2_many_that_leave_leave_nothing(count):
         assert threading.active_count() <= threads
 
 
+@pytest.mark.slow
 def test_b4_many_requests_take_nothing_for_good():
     with serving() as server:
         server.say("Hello there.")

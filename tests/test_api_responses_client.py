@@ -10,7 +10,7 @@ from pyllama_dist.errors import NodeError
 from tests.api_server import serving
 from tests.test_api_tools import ARGUMENTS, BARE, CALL, TEMPLATE
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 ASK = {"model": "tiny", "input": "hello", "temperature": 0}
 TOOL = {

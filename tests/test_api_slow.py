@@ -14,7 +14,7 @@ from pyllama_dist.api import app, protocol
 from pyllama_dist.api.server import uvicorn_config
 from tests.api_server import CHAT, HELLO, Running, connect, send, serving, wait_until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 SOON = 0.3  # a deadline for tests
 HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

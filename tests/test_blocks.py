@@ -140,6 +140,7 @@ def test_values_whose_scale_has_no_inverse(tiny: float) -> None:
     assert not dequantize_q80(quantize_q80(x)).any()
 
 
+@pytest.mark.slow
 @given(x=ROWS)
 def test_round_trip_error_is_within_the_step(x: np.ndarray) -> None:
     """A step of Q40 is 1/8 of a block's greatest value, of Q80 1/127; float16 adds a little."""

@@ -21,7 +21,6 @@ from pyllama_dist.net.transport import ROOT, Address
 from pyllama_dist.net.zeromq import ZmqDialer
 from pyllama_dist.node_info import node_info
 from tests.test_processes import run, worker  # noqa: F401
-from tests.tiers import slow_but
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -104,9 +103,8 @@ def open_now():
     return psutil.Process().num_threads(), psutil.Process().num_fds()
 
 
-@pytest.mark.parametrize(
-    "phase", slow_but(["weights"], ["hello", "peers", "net", "weights", "steps"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["hello", "peers", "net", "weights", "steps"])
 def test_a_bring_up_that_fails_leaves_nothing_and_the_rest_serve_the_next(
     tiny, run_of, worker, run, up, phase
 ):

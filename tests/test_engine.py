@@ -302,6 +302,7 @@ def test_each_of_a_crowd_gets_what_it_gets_alone(seed, n_blocks):
         crowd(engine, 50, seed, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_nodes", [1, 3])
 def test_each_of_a_crowd_on_nodes_gets_what_it_gets_alone(tiny, n_nodes):
     model = tiny(weights=FloatType.F32)

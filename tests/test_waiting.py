@@ -98,6 +98,7 @@ def test_late_frames_are_received_by_a_blocked_thread(nodes, monkeypatch):
     assert len(yields) == 2  # by the senders
 
 
+@pytest.mark.slow
 def test_polls_that_find_nothing_back_off(nodes, monkeypatch):
     monkeypatch.setattr(mesh_module, "BUSY_POLL", 30.0)
     monkeypatch.setattr(mesh_module, "CROWDED", 0.005)
