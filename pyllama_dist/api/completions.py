@@ -140,13 +140,9 @@ class Completion:
 
     def _usage(self) -> Json:
         prompt = sum(len(text.tokens) for text in self.texts)
-        generated = sum(
-            choice.stream.timings.generated_tokens
-            for text in self.texts
-            if text.answer is not None
-            for choice in text.answer.choices
-        )
-        cached = sum(text.answer.cached_tokens for text in self.texts if text.answer is not None)
+        answers = [text.answer for text in self.texts if text.answer is not None]
+        generated = sum(answer.generated_tokens for answer in answers)
+        cached = sum(answer.cached_tokens for answer in answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
