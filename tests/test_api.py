@@ -260,6 +260,16 @@ def test_completions_go_on_with_a_text(client, server):
     assert [choice["index"] for choice in several["choices"]] == [0, 1]
 
 
+@pytest.mark.parametrize("text", [" there.", "\n\nIt is so.", "\n"])
+def test_completions_tell_the_logprobs_of_all_that_is_said(client, server, text):
+    server.say(text)
+    asked = {"prompt": "Hello", "max_tokens": 20, "temperature": 0, "logprobs": 0}
+    (choice,) = client.post("/v1/completions", json=asked).json()["choices"]
+    assert choice["text"] == text
+    assert "".join(choice["logprobs"]["tokens"]) == text
+    assert choice["logprobs"]["text_offset"][0] == 0
+
+
 def test_completions_echo_the_logprobs_of_a_prompt(client, server):
     server.root.says = []
     tokens = client.post("/tokenize", json={"content": "some words"}).json()["tokens"]

@@ -122,9 +122,10 @@ class Choice:
             self._read += 1
         for event in events:
             match event:
-                case Content():
+                case Content(content):
                     self._thinking = False
-                    # Blank tokens before the first word are no part of it.
+                    # Blank tokens before the first word are no part of it, unless it has them.
+                    self._begun = self._begun or content[0].isspace()
                     for one, own in self._undecided:
                         self._begun = self._begun or not own.isspace()
                         if self._begun:
