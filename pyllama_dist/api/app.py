@@ -156,8 +156,10 @@ async def _nodes(request: Request) -> Response:
 async def _metrics(request: Request) -> Response:
     service = _service(request)
     load, nodes = None, service.last_nodes
+    if service.model is not None:
+        load = service.model.engine.load
     with suppress(ApiError):  # what was counted before is there without a model
-        load, nodes = service.ready().engine.load, await facts.nodes(service)
+        nodes = await facts.nodes(service)
     text = service.metrics.text(load, nodes)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
