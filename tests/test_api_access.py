@@ -176,6 +176,17 @@ def test_what_is_refused_is_logged_too(keyed, caplog):
     assert "\n" not in unknown.getMessage()
 
 
+def test_x3_methods_that_nobody_knows_are_one(server, client, caplog):
+    caplog.set_level("INFO", logger="pyllama_dist.api.request_log")
+    for number in range(3):
+        error(client.request(f"ODD{number}", "/health"), 405)
+    wait_until(lambda: len(caplog.records) == 3)
+    assert "ODD" not in caplog.text
+    text = client.get("/metrics").text
+    assert 'method="other",status="405"} 3.0' in text
+    assert "ODD" not in text
+
+
 @pytest.mark.parametrize("id_", ["abc-123", "x" * 64])
 def test_x9_a_request_keeps_its_id(client, id_):
     assert client.get("/health", headers={"x-request-id": id_}).headers["x-request-id"] == id_
