@@ -120,8 +120,12 @@ def test_x2_hosts_and_origins(client, headers, status):
 def test_x2_origins_that_are_allowed(keyed):
     origin = {"origin": "https://good.example"}
     with keyed.client() as client:
-        asked = client.options(CHAT, headers=origin | {"access-control-request-method": "POST"})
+        wanted = "authorization,content-type,anthropic-version,x-stainless-lang"
+        preflight = {"access-control-request-method": "POST"}
+        preflight["access-control-request-headers"] = wanted
+        asked = client.options(CHAT, headers=origin | preflight)
         assert asked.status_code == 204
+        assert asked.headers["access-control-allow-headers"] == wanted
         assert asked.headers["access-control-allow-origin"] == "https://good.example"
         answer = client.get("/v1/models", headers=origin | {"x-api-key": "secret"})
         assert answer.headers["access-control-allow-origin"] == "https://good.example"
