@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from pyllama_dist.api.errors import ApiError, bad_request
 
 BODY_BYTES = 16 << 20
-_MESSAGES, _TOOLS, _PROMPTS, _STOPS = 4096, 256, 64, 4
+_MESSAGES, _TOOLS, _STOPS = 4096, 256, 4
 _TEXT = 8 << 20  # characters
 
 Text = Annotated[str, Meta(max_length=_TEXT)]
