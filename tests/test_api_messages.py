@@ -249,6 +249,14 @@ def test_t14_a_call_that_is_cut_off_has_no_input(server, client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_c6_a_context_that_is_full_is_no_limit_of_the_client(server, client, stream):
+    server.say("word " * 50, end=False)
+    answer = client.post(MESSAGES, json=HELLO | {"max_tokens": 10**6, "stream": stream})
+    found = joined(events(answer)) if stream else answer.json()
+    assert found["stop_reason"] == "model_context_window_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_s1_a_stop_sequence_is_named_and_does_not_leak(client, stream):
     asked = HELLO | {"stop_sequences": ["zzz", "lo th"], "stream": stream}
     answer = client.post(MESSAGES, json=asked)
