@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Scope
 from pyllama_dist.api import chat, completions, facts, page
 from pyllama_dist.api.anthropic import messages
 from pyllama_dist.api.anthropic.requests import CountTokensRequest
-from pyllama_dist.api.dialect import Dialect, openai_error
+from pyllama_dist.api.dialect import Dialect, Json, openai_error
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine
 from pyllama_dist.api.events import EventStream
 from pyllama_dist.api.leaving import unless_gone
@@ -34,7 +34,6 @@ from pyllama_dist.api.service import Service
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _T = TypeVar("_T")
-Json = dict[str, Any]
 DIALECTS: Mapping[str, Dialect[Any]] = {
     "/v1/chat/completions": chat.DIALECT,
     "/v1/completions": completions.DIALECT,
