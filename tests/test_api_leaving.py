@@ -137,7 +137,7 @@ def test_l5_an_engine_that_has_failed_runs_nothing_and_is_noticed(monkeypatch, w
     running_one = 'vllm:num_requests_running{model_name="tiny"} 1.0'
     with serving() as running, running.client() as client:
         running.say("word " * 100)
-        running.root.pause = 0.02
+        running.root.pause, running.root.check = 0.02, lambda: None
         with client.stream("POST", CHAT, json=HELLO | {"stream": True}) as answer:
             wait_until(lambda: running_one in client.get("/metrics").text)
             running.root.fails_at = (len(running.root.steps) + 5, why)
