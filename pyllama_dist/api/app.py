@@ -72,6 +72,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
         exception_handlers={
             HTTPException: _of_http,
             ApiError: _of_api,
+            RecursionError: _of_depth,
             Exception: _of_ours,
         },
     )
@@ -179,6 +180,11 @@ async def _of_api(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
     return _error(request, error)
+
+
+async def _of_depth(request: Request, error: Exception) -> Response:
+    """Of a body that some function that walks it finds too deep."""
+    return _error(request, bad_request("the body is nested too deeply; flatten it"))
 
 
 async def _of_http(request: Request, error: Exception) -> Response:
