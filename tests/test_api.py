@@ -14,7 +14,7 @@ from pyllama_dist.api.app import DIALECTS, make_app
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.server import bind, uvicorn_config
 from pyllama_dist.api.service import Service
-from tests.api_server import CHAT, HELLO, LIMITS, OPEN, error, events, serving
+from tests.api_server import CHAT, HELLO, LIMITS, OPEN, error, events, serving, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -116,6 +116,30 @@ def test_p5_a_limit_on_tokens(client, server):
     both = {"max_tokens": 9, "max_completion_tokens": 2}
     assert client.post(CHAT, json=HELLO | both).json()["usage"]["completion_tokens"] == 2
     assert client.post(CHAT, json=HELLO | {"max_tokens": 10**9}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_p11_usage_ends_with_the_answer_wherever_the_engine_is(path, caplog):
+    caplog.set_level("INFO", logger="pyllama_dist.api.request_log")
+    with serving() as server, server.client() as client:
+        bridge = server.service.model.bridge
+        wake = bridge._wake
+
+        def wake_late(rows: int, seconds: float) -> None:
+            if server.is_idle():  # nothing is read before all tokens are there
+                wake(rows, seconds)
+
+        bridge._wake = wake_late
+        server.say("Hello there. What else shall I say?")
+        asked = HELLO | {"prompt": "hello", "stop": "there", "max_tokens": 50}
+        usage = client.post(path, json=asked).json()["usage"]
+        said = server.root.says
+        count = next(n for n in range(50) if "there" in server.parts.tokenizer.decode(said[:n]))
+        assert count < len(said) - 1
+        assert usage["completion_tokens"] == count
+        wait_until(lambda: caplog.records)
+        (record,) = caplog.records
+        assert record.fields["completion_tokens"] == count
 
 
 @pytest.mark.parametrize("stop", ["there", ["zzz", "lo th"], "Hello there.", ["ll", "l"], "H"])
@@ -234,6 +258,16 @@ def test_completions_go_on_with_a_text(client, server):
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     several = client.post("/v1/completions", json=asked | {"prompt": ["Hello", "Hi"]}).json()
     assert [choice["index"] for choice in several["choices"]] == [0, 1]
+
+
+@pytest.mark.parametrize("text", [" there.", "\n\nIt is so.", "\n"])
+def test_completions_tell_the_logprobs_of_all_that_is_said(client, server, text):
+    server.say(text)
+    asked = {"prompt": "Hello", "max_tokens": 20, "temperature": 0, "logprobs": 0}
+    (choice,) = client.post("/v1/completions", json=asked).json()["choices"]
+    assert choice["text"] == text
+    assert "".join(choice["logprobs"]["tokens"]) == text
+    assert choice["logprobs"]["text_offset"][0] == 0
 
 
 def test_completions_echo_the_logprobs_of_a_prompt(client, server):

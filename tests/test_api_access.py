@@ -120,8 +120,12 @@ def test_x2_hosts_and_origins(client, headers, status):
 def test_x2_origins_that_are_allowed(keyed):
     origin = {"origin": "https://good.example"}
     with keyed.client() as client:
-        asked = client.options(CHAT, headers=origin | {"access-control-request-method": "POST"})
+        wanted = "authorization,content-type,anthropic-version,x-stainless-lang"
+        preflight = {"access-control-request-method": "POST"}
+        preflight["access-control-request-headers"] = wanted
+        asked = client.options(CHAT, headers=origin | preflight)
         assert asked.status_code == 204
+        assert asked.headers["access-control-allow-headers"] == wanted
         assert asked.headers["access-control-allow-origin"] == "https://good.example"
         answer = client.get("/v1/models", headers=origin | {"x-api-key": "secret"})
         assert answer.headers["access-control-allow-origin"] == "https://good.example"
@@ -174,6 +178,17 @@ def test_what_is_refused_is_logged_too(keyed, caplog):
     assert refused.fields["status"] == 401
     assert unknown.fields["status"] == 404
     assert "\n" not in unknown.getMessage()
+
+
+def test_x3_methods_that_nobody_knows_are_one(server, client, caplog):
+    caplog.set_level("INFO", logger="pyllama_dist.api.request_log")
+    for number in range(3):
+        error(client.request(f"ODD{number}", "/health"), 405)
+    wait_until(lambda: len(caplog.records) == 3)
+    assert "ODD" not in caplog.text
+    text = client.get("/metrics").text
+    assert 'method="other",status="405"} 3.0' in text
+    assert "ODD" not in text
 
 
 @pytest.mark.parametrize("id_", ["abc-123", "x" * 64])

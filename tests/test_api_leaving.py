@@ -131,6 +131,25 @@ def test_l5_a_lost_node_ends_every_stream():
         assert "10.0.0.2:9990" in client.get("/nodes").json()["error"]
 
 
+@pytest.mark.parametrize(
+    ("why", "status"), [(NodeError("lost worker 10.0.0.2:9990"), 503), (RuntimeError("a bug"), 500)]
+)
+def test_l5_an_engine_that_has_failed_runs_nothing_and_is_noticed(monkeypatch, why, status):
+    monkeypatch.setattr(service, "_WATCH_SECONDS", 0.01)
+    running_one = 'vllm:num_requests_running{model_name="tiny"} 1.0'
+    with serving() as running, running.client() as client:
+        running.say("word " * 100)
+        running.root.pause, running.root.check = 0.02, lambda: None
+        with client.stream("POST", CHAT, json=HELLO | {"stream": True}) as answer:
+            wait_until(lambda: running_one in client.get("/metrics").text)
+            running.root.fails_at = (len(running.root.steps) + 5, why)
+            assert "error" in list(answer.iter_lines())[-2]
+        loop = running.service.model.bridge._loop
+        asyncio.run_coroutine_threadsafe(running.service.watch(), loop).result(20)
+        error(client.get("/health"), status)
+        assert running_one.replace("1.0", "0.0") in client.get("/metrics").text
+
+
 def test_l5_a_node_that_is_lost_while_nobody_asks(monkeypatch):
     monkeypatch.setattr(service, "_WATCH_SECONDS", 0.01)
     with serving() as running, running.client() as client:

@@ -248,6 +248,29 @@ def test_t14_a_call_that_is_cut_off_has_no_input(server, client):
     assert "".join(pieces).startswith('{"city": "Łódź"')
 
 
+@pytest.mark.parametrize("path", [MESSAGES, COUNT])
+def test_x6_any_depth_is_the_request_s_fault(client, path):
+    """Each function that walks a body has a depth of its own."""
+    json_ = {"content-type": "application/json"}
+    message = (
+        '{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": '
+    )
+    found = set()
+    for depth in range(880, 1000):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        body = f'{{"max_tokens": 1, "messages": [{message}{nested}}}]}}, {json.dumps(USER)}]}}'
+        found.add(client.post(path, content=body, headers=json_).status_code)
+    assert found == {400}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_c6_a_context_that_is_full_is_no_limit_of_the_client(server, client, stream):
+    server.say("word " * 50, end=False)
+    answer = client.post(MESSAGES, json=HELLO | {"max_tokens": 10**6, "stream": stream})
+    found = joined(events(answer)) if stream else answer.json()
+    assert found["stop_reason"] == "model_context_window_exceeded"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_s1_a_stop_sequence_is_named_and_does_not_leak(client, stream):
     asked = HELLO | {"stop_sequences": ["zzz", "lo th"], "stream": stream}

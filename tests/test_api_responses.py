@@ -328,10 +328,11 @@ USER = {"role": "user", "content": "q"}
         ),
         # nothing that was thought can be read, or nothing can be done with it
         ([{"type": "reasoning", "summary": [], "encrypted_content": "x"}, said("s")], [turn("s")]),
+        ([USER, {"type": "reasoning", "encrypted_content": "x"}, USER], [USER, USER]),
         ([{"type": "web_search_call", "action": {}}, {"type": "new", "output": {}}, USER], [USER]),
         ([{"type": "web_search_call"}], [{"role": "user", "content": ""}]),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_items_become_messages(items, expected):
     assert messages(items) == expected

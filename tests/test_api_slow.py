@@ -145,6 +145,20 @@ def test_l3_a_slow_reader_holds_up_nobody_and_is_cut(monkeypatch):
         server.wait_empty()
 
 
+def test_l3_the_end_of_an_answer_that_is_not_taken_is_cut(monkeypatch):
+    """It is less than what makes the server pause, and the connection is closed after it."""
+    monkeypatch.setattr(protocol, "SEND_SECONDS", 2.0)
+    with serving() as server:
+        (listener,) = server.server.servers[0].sockets
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(listener.getsockname())
+            slow.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            wait_until(lambda: 0 < _unsent(server) < 65536)
+            wait_until(lambda: not server.server.server_state.connections, 20)
+
+
 def _unsent(server: Running) -> int:
     return sum(
         one.transport.get_write_buffer_size() for one in server.server.server_state.connections

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pyllama_dist.config import FloatType
-from pyllama_dist.engine.engine import Engine
+from pyllama_dist.engine.engine import Engine, Load
 from pyllama_dist.engine.sampler import Sampler, Sampling
 from pyllama_dist.engine.sequence import Request
 from pyllama_dist.errors import NodeError, ProtocolError, UsageError
@@ -178,6 +178,7 @@ def test_an_error_of_the_root_reaches_every_stream(root):
         ):
             with pytest.raises(NodeError, match=r"10\.0\.0\.9"):
                 use()
+        assert engine.load == Load(0, 0, 0.0)
 
 
 def test_an_error_of_a_sampler_ends_its_stream_alone(engine):

@@ -122,9 +122,10 @@ class Choice:
             self._read += 1
         for event in events:
             match event:
-                case Content():
+                case Content(content):
                     self._thinking = False
-                    # Blank tokens before the first word are no part of it.
+                    # Blank tokens before the first word are no part of it, unless it has them.
+                    self._begun = self._begun or content[0].isspace()
                     for one, own in self._undecided:
                         self._begun = self._begun or not own.isspace()
                         if self._begun:
@@ -232,8 +233,7 @@ class Answer:
             choice.stream.close()
         timings = [choice.stream.timings for choice in self.choices]
         self._service.metrics.ended(self._reason, timings, time.monotonic() - self._arrived)
-        generated = sum(one.generated_tokens for one in timings)
-        spend(len(self.prompt), self.cached_tokens, generated, self._reason)
+        spend(len(self.prompt), self.cached_tokens, self.generated_tokens, self._reason)
 
     async def _follow(
         self, choice: Choice, queue: "asyncio.Queue[Item | ApiError]", progress: bool
@@ -282,7 +282,7 @@ class Answer:
 
     def usage(self) -> dict[str, object]:
         """OpenAI's account of the tokens."""
-        generated = sum(choice.tokens for choice in self.choices)
+        generated = self.generated_tokens
         return {
             "prompt_tokens": len(self.prompt),
             "completion_tokens": generated,
@@ -297,6 +297,11 @@ class Answer:
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were found in the cache."""
         return self.choices[0].stream.timings.cached_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of all choices up to their ends."""
+        return sum(choice.tokens for choice in self.choices)
 
     def timings(self) -> dict[str, float]:
         """llama-server's account of the time, of the first choice."""

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Scope
 from pyllama_dist.api import chat, completions, facts, page
 from pyllama_dist.api.anthropic import messages
 from pyllama_dist.api.anthropic.requests import CountTokensRequest
-from pyllama_dist.api.dialect import Dialect, openai_error
+from pyllama_dist.api.dialect import Dialect, Json, openai_error
 from pyllama_dist.api.errors import ApiError, bad_request, of_engine
 from pyllama_dist.api.events import EventStream
 from pyllama_dist.api.leaving import unless_gone
@@ -34,7 +34,6 @@ from pyllama_dist.api.service import Service
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _T = TypeVar("_T")
-Json = dict[str, Any]
 DIALECTS: Mapping[str, Dialect[Any]] = {
     "/v1/chat/completions": chat.DIALECT,
     "/v1/completions": completions.DIALECT,
@@ -73,6 +72,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
         exception_handlers={
             HTTPException: _of_http,
             ApiError: _of_api,
+            RecursionError: _of_depth,
             Exception: _of_ours,
         },
     )
@@ -156,8 +156,10 @@ async def _nodes(request: Request) -> Response:
 async def _metrics(request: Request) -> Response:
     service = _service(request)
     load, nodes = None, service.last_nodes
+    if service.model is not None:
+        load = service.model.engine.load
     with suppress(ApiError):  # what was counted before is there without a model
-        load, nodes = service.ready().engine.load, await facts.nodes(service)
+        nodes = await facts.nodes(service)
     text = service.metrics.text(load, nodes)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -178,6 +180,11 @@ async def _of_api(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
     return _error(request, error)
+
+
+async def _of_depth(request: Request, error: Exception) -> Response:
+    """Of a body that some function that walks it finds too deep."""
+    return _error(request, bad_request("the body is nested too deeply; flatten it"))
 
 
 async def _of_http(request: Request, error: Exception) -> Response:

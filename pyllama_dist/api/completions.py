@@ -23,8 +23,7 @@ from pyllama_dist.text.tokenizer import Tokenizer
 _PROMPTS = 64
 _INFIX = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")  # as GLM-4 names them
 
-
-Told = tuple[int, TokenLogprobs | None]  # a token, and what is known of it if anything
+Scored = tuple[int, TokenLogprobs | None]  # a token, and its logprobs if they are known
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Text:
     prompt: str  # empty unless it is echoed
     tokens: Sequence[int]
     answer: Answer | None  # None if nothing is generated
-    echoed: Sequence[Told] = ()  # of the prompt, if asked for
+    echoed: Sequence[Scored] = ()  # of the prompt, if asked for
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Completion:
                 match item:
                     case Piece(index, events, found):
                         piece = "".join(e.text for e in events if isinstance(e, Content))
-                        logprobs = self._logprobs(_told(found), offsets[index])
+                        logprobs = self._logprobs(_scored(found), offsets[index])
                         offsets[index] += len(piece)
                         if piece:
                             yield chunk([_choice(index, piece, logprobs, None)])
@@ -109,7 +108,7 @@ class Completion:
                     said[item.index] += "".join(
                         event.text for event in item.events if isinstance(event, Content)
                     )
-                    logprobs[item.index] += _told(item.logprobs)
+                    logprobs[item.index] += _scored(item.logprobs)
                 elif isinstance(item, Ended):
                     reasons[item.index] = item.reason
         begin = text.prompt if self.body.echo else ""
@@ -118,7 +117,7 @@ class Completion:
             for index in range(count)
         ]
 
-    def _logprobs(self, found: Sequence[Told], offset: int) -> Json | None:
+    def _logprobs(self, found: Sequence[Scored], offset: int) -> Json | None:
         """Logprobs of tokens, of which the first stands at this character of the text."""
         most = self.body.logprobs
         if most is None:
@@ -140,13 +139,9 @@ class Completion:
 
     def _usage(self) -> Json:
         prompt = sum(len(text.tokens) for text in self.texts)
-        generated = sum(
-            choice.stream.timings.generated_tokens
-            for text in self.texts
-            if text.answer is not None
-            for choice in text.answer.choices
-        )
-        cached = sum(text.answer.cached_tokens for text in self.texts if text.answer is not None)
+        answers = [text.answer for text in self.texts if text.answer is not None]
+        generated = sum(answer.generated_tokens for answer in answers)
+        cached = sum(answer.cached_tokens for answer in answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -155,7 +150,7 @@ class Completion:
         }
 
 
-def _told(found: Sequence[TokenLogprobs]) -> list[Told]:
+def _scored(found: Sequence[TokenLogprobs]) -> list[Scored]:
     return [(one.token, one) for one in found]
 
 
@@ -187,7 +182,7 @@ async def begin(service: Service, body: CompletionRequest, key: str, held: ExitS
         raise bad_request("a stream continues one prompt; send one, or stream: false", "prompt")
     texts = []
     for prompt in prompts:
-        echoed: Sequence[Told] = ()
+        echoed: Sequence[Scored] = ()
         if body.echo and body.logprobs is not None:
             echoed = await _echoed(service, prompt, body.logprobs, key)
         answer = None
@@ -209,12 +204,12 @@ async def begin(service: Service, body: CompletionRequest, key: str, held: ExitS
     return Completion(body, texts, head, tokenizer)
 
 
-async def _echoed(service: Service, prompt: Sequence[int], count: int, key: str) -> list[Told]:
+async def _echoed(service: Service, prompt: Sequence[int], count: int, key: str) -> list[Scored]:
     """Logprobs of a prompt's tokens: the first has nothing before it."""
     sampler = Sampler(Sampling(), service.ready().parts.tokenizer.vocab_size)
     find = sampler.logprobs(max(1, count))
     (stream,) = service.submit([Request(prompt, _never, prompt_logits=True, group=key)])
-    found: list[Told] = [(prompt[0], None)]
+    found: list[Scored] = [(prompt[0], None)]
     rows: list[F32] = stream.prompt_logits
     async for _ in service.tokens(stream):
         while rows:

@@ -1,8 +1,8 @@
 """What a client can ask about: the model, its tokens, the nodes."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from pyllama_dist.api.dialect import Json
 from pyllama_dist.api.errors import bad_request, of_engine
 from pyllama_dist.api.metrics import NodeUse
 from pyllama_dist.api.prompts import prompt_of
@@ -10,8 +10,6 @@ from pyllama_dist.api.requests import ChatRequest, DetokenizeRequest, TokenizeRe
 from pyllama_dist.api.service import Service
 from pyllama_dist.errors import PyllamaError
 from pyllama_dist.memory_use import resident_bytes
-
-Json = dict[str, Any]
 
 
 def models(service: Service) -> Json:

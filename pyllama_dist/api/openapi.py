@@ -1,11 +1,10 @@
 """/openapi.json: the routes, and the bodies that they take."""
 
-from typing import Any
-
 import msgspec
 
 from pyllama_dist import __version__
 from pyllama_dist.api.anthropic.requests import CountTokensRequest, MessagesRequest
+from pyllama_dist.api.dialect import Json
 from pyllama_dist.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -14,7 +13,6 @@ from pyllama_dist.api.requests import (
 )
 from pyllama_dist.api.responses.requests import ResponsesRequest
 
-Json = dict[str, Any]
 _BODIES: dict[str, tuple[type, str]] = {
     "/v1/chat/completions": (ChatRequest, "Answers a conversation."),
     "/v1/completions": (CompletionRequest, "Continues a text."),

@@ -28,6 +28,7 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         super().connection_made(transport)  # type: ignore[arg-type]
+        self.transport.set_write_buffer_limits(high=0)  # `pause_writing` whenever something waits
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -42,12 +43,12 @@ class HttpProtocol(H11Protocol):
         self._go_on()
 
     def pause_writing(self) -> None:
-        """See asyncio.Protocol: much waits to be sent."""
+        """See asyncio.Protocol: something waits to be sent."""
         super().pause_writing()
         self._expect()
 
     def resume_writing(self) -> None:
-        """See asyncio.Protocol: little waits to be sent."""
+        """See asyncio.Protocol: nothing waits to be sent."""
         super().resume_writing()
         self._go_on()
 

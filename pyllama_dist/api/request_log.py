@@ -15,6 +15,7 @@ from pyllama_dist.api.metrics import Metrics
 log = logging.getLogger(__name__)
 
 _PATH = 256  # characters of a path that is no route
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # others are counted as one
 
 
 @dataclass
@@ -72,7 +73,8 @@ class RequestLog:
             await self._app(scope, receive, noting)
         finally:
             _spent.reset(token)
-            method, route = scope["method"], self._routes.get(scope.get("endpoint"))
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            route = self._routes.get(scope.get("endpoint"))
             self._metrics.http(route or "none", method, status)
             seconds = time.monotonic() - started
             told = f"{method} {route or repr(scope['path'][:_PATH])} {status} in {seconds:.3f} s"

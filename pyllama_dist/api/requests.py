@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from pyllama_dist.api.errors import ApiError, bad_request
 
 BODY_BYTES = 16 << 20
-_MESSAGES, _TOOLS, _PROMPTS, _STOPS = 4096, 256, 64, 4
+_MESSAGES, _TOOLS, _STOPS = 4096, 256, 4
 _TEXT = 8 << 20  # characters
 
 Text = Annotated[str, Meta(max_length=_TEXT)]
@@ -209,6 +209,7 @@ def decode(body: bytes, kind: type[_T]) -> _T:
 
     Raises:
         ApiError: it is no JSON, or a field is wrong; `param` says which.
+        RecursionError: it is nested too deeply.
     """
     try:
         return msgspec.json.decode(body, type=kind)
@@ -216,8 +217,6 @@ def decode(body: bytes, kind: type[_T]) -> _T:
         raise refused(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"the body is no JSON: {error}") from None
-    except RecursionError:
-        raise bad_request("the body is nested too deeply; flatten it") from None
 
 
 def refused(error: msgspec.ValidationError, place: str = "") -> ApiError:

@@ -79,9 +79,10 @@ class Gate:
             await _answer(error, self._error_object(scope, error), send_more)
             return
         if scope["method"] == "OPTIONS" and shared:
+            wanted = headers.one(b"access-control-request-headers") or b""  # clients have their own
             extra += [
                 (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-                (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
+                (b"access-control-allow-headers", wanted),
                 (b"access-control-max-age", b"600"),
             ]
             await send_more({"type": "http.response.start", "status": 204, "headers": []})

@@ -87,6 +87,8 @@ class Engine(Closing):
     @property
     def load(self) -> Load:
         """How much there is to do; to be read from any thread."""
+        if self._error is not None:  # what ran is still in the scheduler
+            return Load(0, 0, 0.0)
         scheduler = self._scheduler
         used = scheduler.pool.n_blocks - scheduler.pool.available
         return Load(len(scheduler.running), len(scheduler.waiting), used / scheduler.pool.n_blocks)

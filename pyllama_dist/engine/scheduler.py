@@ -3,8 +3,9 @@
 A step first has a row for each sequence that decodes, then rows of prompts, in the order in which
 their sequences arrived: as many as the budget allows, in multiples of 16 but for the end of a
 prompt. While others decode, prompts take fewer rows, so that those do not wait too long. A prompt
-longer than the budget leaves half of it to shorter ones that would end within that; an odd 16 rows
-are each other's in turns, so where the budget is no more than 16 rows, they take every second step.
+longer than the budget leaves half of it, in units of 16 rows, to later prompts that end within
+that. An odd unit goes to either side in turns: if the budget is one unit, short prompts take every
+second step.
 
 Of those that wait, the first is one whose group has the fewest running. A sequence starts when
 there are blocks for all its tokens. When one that decodes needs another
@@ -54,7 +55,7 @@ class Scheduler:
         self._table = BlockTable(n_seqs)
         self._rows = list(reversed(range(n_seqs)))
         self._max_rows, self._max_logits = max_rows, max_logits
-        self._turn = 1  # whose an odd unit is: 0 that of a long prompt, 1 of those that overtake it
+        self._turn = 1  # who has an odd unit: 0 the long prompt, 1 those that overtake it
         self._unit = _UNIT if max_rows >= 2 * _UNIT else 1
         # Those that decode leave room for a prompt, and for its logits.
         self._most = max(1, min(n_seqs, max_rows - self._unit + 1, max_logits))
@@ -150,7 +151,7 @@ class Scheduler:
 
     @staticmethod
     def _is_one_short(prompts: Tokens[Sequence], rows: int) -> bool:
-        """Whether one can be read in so many rows that nobody who waits is before."""
+        """Whether a prompt ends within `rows`, and none before it waits."""
         for sequence in prompts:
             if sequence.remaining <= rows:
                 return True

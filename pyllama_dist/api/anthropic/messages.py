@@ -36,6 +36,7 @@ class Message:
     id: str
     model: str
     answer: Answer
+    max_tokens: int
 
     async def whole(self) -> Json:
         """The message in one piece: what the events of its stream add up to.
@@ -93,7 +94,11 @@ class Message:
         (choice,) = self.answer.choices
         stop = choice.parser.stop if choice.reason == "stop" else None
         reason = _STOP_REASONS[choice.reason] if choice.reason else None
-        return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
+        if stop is not None:
+            reason = "stop_sequence"
+        elif choice.reason == "length" and choice.tokens < self.max_tokens:
+            reason = "model_context_window_exceeded"
+        return {"stop_reason": reason, "stop_sequence": stop}
 
     def _usage(self) -> Json:
         """The tokens so far. All that was read stays in the cache, so none count as its creation;
@@ -186,7 +191,7 @@ async def begin(service: Service, body: MessagesRequest, key: str, held: ExitSta
     """
     model = service.check_model(body.model)
     answer = await begin_answer(service, generation(body), key, held)
-    return Message(f"msg_{secrets.token_hex(12)}", model, answer)
+    return Message(f"msg_{secrets.token_hex(12)}", model, answer, body.max_tokens)
 
 
 def _event(event: Mapping[str, Any]) -> bytes:

@@ -133,9 +133,10 @@ def _add(
         case MessageItem(role, content):
             found.append(Message(role, text_of(content, f"{place}.content")))
         case ReasoningItem(content):
-            turn = _turn(found, lambda turn: not turn.content and not turn.tool_calls)
-            thought = "".join(part.text for part in content or ())
-            turn.reasoning_content = (turn.reasoning_content or "") + thought or None
+            # One that only its server can read, or none at all, begins no turn.
+            if thought := "".join(part.text for part in content or ()):
+                turn = _turn(found, lambda turn: not turn.content and not turn.tool_calls)
+                turn.reasoning_content = f"{turn.reasoning_content or ''}{thought}"
         case CallItem(call_id, name, arguments):
             turn = _turn(found, lambda turn: True)
             call = Call(CalledFunction(name, arguments), call_id)

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyllama_dist.api.answer import Ended, Piece
+from pyllama_dist.api.dialect import Json
 from pyllama_dist.engine.sampler import TokenLogprobs
 from pyllama_dist.text.events import CallArguments, CallEnd, CallStart, Content, Reasoning
-
-Json = dict[str, Any]
 
 
 def event(type_: str, **fields: Any) -> Json:
