@@ -157,13 +157,13 @@ def test_t6_arguments_are_the_text_of_an_object(server, client):
 )
 def test_t9_what_never_comes_ends_with_the_tokens(wanted):
     """A model that is to obey a grammar, and thinks on for ever in place of it."""
-    with serving(ACCESS, LIMITS, BARE) as bare, bare.client() as client:
+    with serving(ACCESS, LIMITS, BARE + "<think>") as bare, bare.client() as client:
         bare.say("No. " * 20, end=False)
         choice = client.post(CHAT, json=ASK | {"max_tokens": 40} | wanted).json()["choices"][0]
         assert choice["finish_reason"] == "length"
         assert "tool_calls" not in choice["message"]
         bare.wait_idle()
-        bare.say("Hello.")
+        bare.say("Yes.</think>Hello.")
         answer = client.post(CHAT, json={"messages": QUESTION, "temperature": 0}).json()
         assert answer["choices"][0]["message"]["content"] == "Hello."
 

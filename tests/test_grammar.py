@@ -663,8 +663,8 @@ def test_a_thought_is_free_and_the_answer_is_not(tiny, grammars):
     tags = ThinkTags.of(tiny)
     guide = AfterThought(tags, grammar, opened=True)
     everything = allowed(tiny, guide)
-    assert "<tool_call>" not in everything
-    assert len(everything) == len(set(tiny.tokens(range(tiny.vocab_size)))) - 1
+    # Neither a call, nor the end of the reply: then there would be no answer.
+    assert everything == set(tiny.tokens(range(tiny.vocab_size))) - {"<tool_call>", *ENDS}
     feed(tiny, guide, "so: {", "<think>", " 8")
     assert guide.thinking
     feed(tiny, guide, "</think>")
@@ -717,7 +717,7 @@ def test_noise_after_a_thought(tiny, grammars, seed, opened, budget):
 def test_a_tool_call_ends_a_thought(tiny, grammars):
     grammar = grammars.tool_calls(TOOLS, "glm47", required=True)
     guide = AfterThought(ThinkTags.of(tiny), grammar, opened=True)
-    assert "everything" in allowed(tiny, guide)
+    assert allowed(tiny, guide) == set(tiny.tokens(range(tiny.vocab_size))) - set(ENDS)
     feed(tiny, guide, "I call", "<tool_call>")
     assert not guide.thinking
     assert allowed(tiny, guide) == {"g", "c"}
@@ -754,7 +754,8 @@ def test_tags_of_ordinary_text(plain, bare_grammars):
     assert len(tags.close) > 1
     grammar = bare_grammars.json_schema({"const": 7})
     guide = AfterThought(tags, grammar, opened=True)
-    assert allowed(plain, guide) == {"everything"}
+    ends = set(plain.tokens(plain.eos_ids))
+    assert allowed(plain, guide) == set(plain.tokens(range(plain.vocab_size))) - ends
     feed(plain, guide, "a </thin> </think")
     near = allowed(plain, guide)
     assert ">{" not in near
@@ -762,8 +763,14 @@ def test_tags_of_ordinary_text(plain, bare_grammars):
     feed(plain, guide, ">\n")
     assert not guide.thinking
     assert allowed(plain, guide) == {"7", "\\n", "\\n\\n"}
-    guide = feed(plain, AfterThought(tags, grammar, opened=False), "\n", "<think>", "a", "</think>")
-    assert allowed(plain, feed(plain, guide, "7")) == set(ENDS)
+
+
+def test_a_model_without_tokens_for_tags_is_not_made_to_think(plain, bare_grammars):
+    """It would spell `<think>` where the answer's grammar forbids what it likes best."""
+    grammar = bare_grammars.json_schema({"const": 7})
+    guide = AfterThought(ThinkTags.of(plain), grammar, opened=False)
+    assert allowed(plain, guide) == {"7", "\\n", "\\n\\n"}
+    assert allowed(plain, feed(plain, guide, "\n", "7")) == set(ENDS)
 
 
 def test_the_budget_where_tags_are_text(plain, bare_grammars):

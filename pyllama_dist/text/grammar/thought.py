@@ -30,8 +30,8 @@ class ThinkTags:
         openings: the ways in which a model opens a thought, as tokens.
         close: the tokens that end one.
         pieces: the bytes of each token where the closing tag is ordinary text, else none.
-        every: a mask of all tokens.
-        clean: a mask of those that do not both end the tag and begin the answer.
+        every: a mask of all tokens but those that end an answer.
+        clean: a mask of those of them that do not both end the tag and begin the answer.
     """
 
     vocab_size: int
@@ -55,7 +55,7 @@ class ThinkTags:
         added = tokenizer.added.get(CLOSE)
         single = added is not None and close == (added.id,)
         pieces = () if single else tuple(map(tokenizer.token_bytes, range(size)))
-        every = _bits(size, range(size))
+        every = _bits(size, range(size)) & ~_bits(size, tokenizer.eos_ids)
         joining = (token for token, piece in enumerate(pieces) if _JOINS_ANSWER.search(piece))
         clean = every & ~_bits(size, joining)
         line_break = tuple(tokenizer.encode("\n"))
@@ -103,6 +103,8 @@ class AfterThought:
             return self._thought_mask()
         if self._stage is _Stage.ANSWER or self._grammar is None:
             return None if self._answer is None else self._answer.mask()
+        if self._tags.pieces and self._answer is not None:
+            return self._answer.mask()  # a model that thinks of itself has the tags as tokens
         begun = _bits(size, (opening[0] for opening in self._openings))
         return begun if self._answer is None else self._answer.mask() | begun
 
@@ -188,11 +190,12 @@ class AfterThought:
     def _thought_mask(self) -> U32 | None:
         if self._grammar is None:
             return None
+        # A thought that ends the reply would leave no answer.
         begun = any(self._tail.endswith(_CLOSE[:size]) for size in range(1, len(_CLOSE)))
         # A reply's reader takes it for a call, wherever it comes.
         call, answer = self._call, self._answer
         if call is None or answer is None or answer.allows(call):
-            return self._tags.clean if begun else None
+            return self._tags.clean if begun else self._tags.every
         mask = (self._tags.clean if begun else self._tags.every).copy()
         mask[call >> 5] &= ~np.uint32(1 << (call & 31))
         return mask
