@@ -17,7 +17,7 @@ from pyllama_dist.api.app import make_app
 from pyllama_dist.api.bridge import Bridge
 from pyllama_dist.api.metrics import Metrics
 from pyllama_dist.api.security import Access
-from pyllama_dist.api.server import uvicorn_config
+from pyllama_dist.api.server import TEXT_THREADS, text_threads, uvicorn_config
 from pyllama_dist.api.service import Limits, Model, Service
 from pyllama_dist.cli.options import BUILTIN
 from pyllama_dist.conversation import ModelParts, open_model
@@ -144,7 +144,11 @@ def serving(
         engines: list[Engine] = []
 
         async def run() -> None:
-            bridge = Bridge(asyncio.get_running_loop(), service.metrics.step)
+            loop, all_begun = asyncio.get_running_loop(), threading.Barrier(TEXT_THREADS)
+            loop.set_default_executor(text_threads())
+            # All threads are there before a test counts them.
+            await asyncio.gather(*(asyncio.to_thread(all_begun.wait) for _ in range(TEXT_THREADS)))
+            bridge = Bridge(loop, service.metrics.step)
             engine = Engine(root, root.size, parallel=limits.parallel, after_step=bridge.after_step)
             engines.append(engine)
             service.begin(Model(parts, engine, bridge, ("the root",)))

@@ -3,14 +3,17 @@
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import psutil
 import pytest
 
 from pyllama_dist.api import service
 from pyllama_dist.api.errors import ApiError, unavailable
 from pyllama_dist.api.service import Limits
-from pyllama_dist.errors import NodeError
+from pyllama_dist.errors import NodeError, UsageError
+from pyllama_dist.text.tokenizer import Tokenizer
 from tests.api_server import CHAT, HELLO, error, send, serving, wait_until
 from tests.api_storm import draw, routes_of, storm
 
@@ -204,3 +207,34 @@ def test_an_error_that_is_told_often_keeps_nothing():
         assert running.service.failure.__traceback__ is None
         error(client.get("/health"), 503)
         assert client.get("/metrics").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (CHAT, HELLO),
+        ("/v1/completions", {"prompt": "hello"}),
+        ("/v1/messages", HELLO | {"max_tokens": 5}),
+        ("/v1/messages/count_tokens", HELLO),
+        ("/v1/responses", {"input": "hello"}),
+        ("/tokenize", {"content": "hello"}),
+    ],
+)
+def test_while_a_long_prompt_is_tokenized_others_are_served(route, body, monkeypatch):
+    going, done = threading.Event(), threading.Event()
+
+    def slow(*args):
+        going.set()
+        assert done.wait(20)
+        raise UsageError("that is all that is tested")
+
+    with serving() as server, ThreadPoolExecutor() as pool, server.client() as client:
+        for name in ("encode", "encode_raw", "encode_template"):
+            monkeypatch.setattr(Tokenizer, name, slow)
+        asked = pool.submit(httpx.post, server.url + route, json=body, timeout=30)
+        try:
+            assert going.wait(10)
+            assert client.get("/health", timeout=5).status_code == 200
+        finally:
+            done.set()
+        assert asked.result().status_code == 400

@@ -117,7 +117,9 @@ def _answered(dialect: Dialect[Any]) -> Any:
 
 def _with_body(kind: type[_T], answer: Callable[[Service, _T], Json]) -> Any:
     async def endpoint(request: Request) -> Response:
-        return _json(answer(_service(request), decode(await _read(request), kind)))
+        body = decode(await _read(request), kind)
+        # A long text may take a second to tokenize, in which other answers go on.
+        return _json(await asyncio.to_thread(answer, _service(request), body))
 
     return endpoint
 

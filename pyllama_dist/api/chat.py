@@ -1,5 +1,6 @@
 """/v1/chat/completions: a conversation goes on."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -194,7 +195,8 @@ async def begin_answer(service: Service, body: ChatRequest, key: str, held: Exit
     """
     parts = service.ready().parts
     _check(body)
-    prompt = prompt_of(service, body)
+    # A long prompt may take a second to tokenize, in which other answers go on.
+    prompt = await asyncio.to_thread(prompt_of, service, body)
     requests = requests_of(
         service,
         body,

@@ -177,7 +177,7 @@ async def begin(service: Service, body: CompletionRequest, key: str, held: ExitS
         raise bad_request("stream_options needs stream: true", "stream_options")
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens is 0; ask for one at least, or for echo", "max_tokens")
-    prompts = _prompts(tokenizer, body)
+    prompts = await asyncio.to_thread(_prompts, tokenizer, body)
     if body.stream and len(prompts) > 1:
         raise bad_request("a stream continues one prompt; send one, or stream: false", "prompt")
     texts = []

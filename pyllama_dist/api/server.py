@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import FrameType
@@ -27,6 +28,7 @@ from pyllama_dist.root import Root
 _END_SECONDS = 5  # for answers to be told that the server ends
 _TAKE_DOWN_SECONDS = 5.0  # for the last step; what is being brought up is then interrupted
 _HEADER_BYTES = 64 << 10
+TEXT_THREADS = 2  # that tokenize and make grammars while the loop's thread goes on
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,17 @@ def bind(config: uvicorn.Config) -> socket.socket:
     return listener
 
 
+def text_threads() -> ThreadPoolExecutor:
+    """The threads of a loop that serves."""
+    return ThreadPoolExecutor(TEXT_THREADS, "text")
+
+
 async def _run(
     server: "_Server", sockets: list[socket.socket], model: "_Model", service: Service
 ) -> None:
-    model.start(asyncio.get_running_loop(), server)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(text_threads())
+    model.start(loop, server)
     watching = asyncio.create_task(service.watch())
     try:
         await server.serve(sockets)
