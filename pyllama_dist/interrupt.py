@@ -6,10 +6,13 @@ the exception is printed and dropped: pyzmq looks for signals whenever it frees 
 """
 
 import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 
+_SOON = 0.05  # seconds
 _interrupted = False
 
 
@@ -17,6 +20,22 @@ def install() -> None:
     """From now on SIGINT and SIGTERM interrupt this process, even if the exception is dropped."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+def repeat_dropped() -> None:
+    """From now on an interrupt that Python drops, in a destructor or a callback, comes again."""
+    others = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            # Not yet: it would be dropped in this hook as well.
+            again = threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT))
+            again.daemon = True
+            again.start()
+        else:
+            others(dropped)
+
+    sys.unraisablehook = hook
 
 
 def thread(one: threading.Thread) -> None:

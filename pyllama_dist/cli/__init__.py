@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pyllama_dist import __version__
+from pyllama_dist import __version__, interrupt
 from pyllama_dist.cli.streams import drop_output, prepare_streams
 from pyllama_dist.errors import OutputError, PyllamaError, refused_by_system
 
@@ -67,6 +67,7 @@ def main() -> None:
     variable = os.environ.get("PYLLAMA_DIST_DEBUG", "")
     debug = "--debug" in sys.argv[1:2] or variable.lower() not in ("", "0", "false", "no", "off")
     signal.signal(signal.SIGTERM, _terminate)
+    interrupt.repeat_dropped()
     prepare_streams()
     code = _exit_code(lambda: group(prog_name="pyllama-dist", standalone_mode=False), debug)
     if code == _INTERRUPTED:
