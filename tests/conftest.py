@@ -261,6 +261,25 @@ def serving() -> Callable[..., object]:
     return serve_for_a_while
 
 
+@pytest.fixture(scope="module")
+def server():
+    """The API's server, before a root that says what a test wants."""
+    from tests.api_server import serving
+
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    """A client of the server, whose model says "Hello there." unless it is told another text."""
+    server.say("Hello there.")
+    server.root.pause = 0.0
+    with server.client() as client:
+        yield client
+    server.wait_idle()
+
+
 def _threads() -> set[threading.Thread]:
     """The threads of this process that have to end.
 

@@ -19,21 +19,6 @@ from tests.api_server import CHAT, HELLO, LIMITS, OPEN, error, events, serving, 
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    server.say("Hello there.")
-    server.root.pause = 0.0
-    with server.client() as client:
-        yield client
-    server.wait_idle()
-
-
 def test_an_answer_in_one_piece(client):
     found = client.post(CHAT, json=HELLO).json()
     assert found["object"] == "chat.completion"

@@ -13,21 +13,6 @@ from tests.tiers import slow_but
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    server.say("Hello there.")
-    server.root.pause = 0.0
-    with server.client() as client:
-        yield client
-    server.wait_idle()
-
-
 KEYED = Access(keys=("secret", "other"), origins=("https://good.example",))
 
 

@@ -20,12 +20,6 @@ from tests.api_storm import draw, routes_of, storm
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("queued", [False, True])
 def test_l1_a_client_that_leaves_frees_its_place(server, stream, queued):

@@ -70,15 +70,6 @@ def server():
 
 
 @pytest.fixture
-def client(server):
-    server.say("Hello there.")
-    server.root.pause = 0.0
-    with server.client() as client:
-        yield client
-    server.wait_idle()
-
-
-@pytest.fixture
 def prompts(server, monkeypatch):
     """The texts that the model has read."""
     found, submit = [], server.engine.submit_all

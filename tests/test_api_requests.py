@@ -2,24 +2,9 @@
 
 import pytest
 
-from tests.api_server import CHAT, HELLO, error, serving
+from tests.api_server import CHAT, HELLO, error
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    server.say("Hello there.")
-    server.root.pause = 0.0
-    with server.client() as client:
-        yield client
-    server.wait_idle()
 
 
 BAD = [

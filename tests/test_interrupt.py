@@ -5,32 +5,51 @@ import sys
 
 import pytest
 
-# A weak reference's callback is where Python drops what is raised; imports use such callbacks.
+# A signal comes where Python drops what is raised; then the process waits.
 SCRIPT = """
-import signal, time, weakref
+import signal, weakref
 from pyllama_dist import interrupt
+from pyllama_dist.cli import _terminate
+from pyllama_dist.net.zeromq import sockets
 
-class Thing:
-    pass
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.{name}, {handler})
 interrupt.repeat_dropped()
-thing = Thing()
-callback = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+
+class Frame:
+    def __del__(self):
+        {destructor}
+
+frame = Frame()
+callback = weakref.ref(frame, lambda _: {callback})
+del frame
+print("dropped", flush=True)
 try:
-    del thing
-    time.sleep(60)
-    print("lost")
+    sockets.poll([], None)
 except KeyboardInterrupt:
     print("interrupted")
 """
+DEFAULT, NOTHING = "signal.default_int_handler", "None"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_an_interrupt_that_a_callback_drops_comes_again():
+@pytest.mark.parametrize("place", ["destructor", "callback"])
+@pytest.mark.parametrize(
+    ("name", "handler", "code", "said"),
+    [
+        ("SIGINT", DEFAULT, 0, "interrupted\n"),
+        ("SIGTERM", DEFAULT, 0, "interrupted\n"),  # as workers have it
+        ("SIGTERM", "_terminate", 143, ""),
+    ],
+)
+def test_a_signal_whose_exception_is_dropped_comes_again(place, name, handler, code, said):
+    places = {"destructor": NOTHING, "callback": NOTHING}
+    places[place] = f"signal.raise_signal(signal.{name})"
+    script = SCRIPT.format(name=name, handler=handler, **places)
+    if name == "SIGTERM" and handler == DEFAULT:
+        script = f"import signal\nsignal.signal(signal.SIGINT, {DEFAULT})\n{script}"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
     )
-    assert done.stdout == "interrupted\n"
+    assert (done.returncode, done.stdout) == (code, "dropped\n" + said)
     assert done.stderr == ""

@@ -576,29 +576,6 @@ def test_an_interrupted_command_ends_with_130_whatever_was_interrupted(run):
     assert (code, said) == (130, "interrupted\n")
 
 
-# A signal comes where Python drops its exception.
-DROPPING = """
-import signal, time
-from pyllama_dist import interrupt
-from pyllama_dist.net.zeromq import sockets
-interrupt.install()
-class Frame:
-    def __del__(self):
-        signal.raise_signal(signal.{name})
-Frame()
-print("dropped", flush=True)
-sockets.poll([], None)
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_an_interrupt_that_was_dropped_is_seen_at_the_next_wait(run, name):
-    process = run(command=[sys.executable, "-c", DROPPING.format(name=name)])
-    _, out, said = process.end(timeout=20)
-    assert out == "dropped\n"
-    assert "KeyboardInterrupt" in said
-
-
 def test_brackets_around_an_ipv6_host_are_taken(run):
     one = run("worker", "--host", "[::1]", "--port", "0", "--nthreads", "1")
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):

@@ -125,7 +125,7 @@ class Choice:
                 case Content(content):
                     self._thinking = False
                     # Blank tokens before the first word are no part of it, unless it has them.
-                    self._begun = self._begun or content[0].isspace()
+                    self._begun = self._begun or content[:1].isspace()
                     for one, own in self._undecided:
                         self._begun = self._begun or not own.isspace()
                         if self._begun:

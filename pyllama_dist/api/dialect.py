@@ -50,6 +50,11 @@ def data_event(chunk: Mapping[str, Any]) -> bytes:
     return b"data: %b\n\n" % msgspec.json.encode(chunk)
 
 
+def named_event(chunk: Mapping[str, Any]) -> bytes:
+    """A server-sent event named by the type of what it tells; an error of OpenAI's has none."""
+    return b"event: %b\n%b" % (chunk.get("type", "error").encode(), data_event(chunk))
+
+
 @dataclass(frozen=True)
 class Dialect(Generic[_B]):
     """One API.

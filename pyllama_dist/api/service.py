@@ -65,7 +65,7 @@ class Model:
 
 @dataclass
 class Service:
-    """A model that is loading, ready, or lost; the loop's thread alone uses it.
+    """A model that is loading, ready, or lost; the loop's thread alone changes it.
 
     Attributes:
         names: of the model: its own, and further ones that clients may use.

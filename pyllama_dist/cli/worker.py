@@ -59,7 +59,6 @@ def command(
     """
     if attached:
         _end_with_parent()
-    from pyllama_dist import interrupt
     from pyllama_dist.cores import available_cores
     from pyllama_dist.executor import prepare
     from pyllama_dist.net.transport import Address
@@ -73,7 +72,8 @@ def command(
             f"--host {host} lets every machine that reaches it use this worker, unencrypted; add "
             f"--trust-network if the network is yours alone"
         )
-    interrupt.install()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     prepare(lambda text: click.echo(text, err=True))  # before a root can knock
     listener = ZmqListener(host, port, ports)
     try:

@@ -1,11 +1,10 @@
 """/v1/messages: a conversation goes on, told as content blocks."""
 
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 import msgspec
 
@@ -14,7 +13,7 @@ from pyllama_dist.api.anthropic.conversation import conversation, generation
 from pyllama_dist.api.anthropic.errors import error_object
 from pyllama_dist.api.anthropic.requests import CountTokensRequest, MessagesRequest
 from pyllama_dist.api.chat import begin_answer
-from pyllama_dist.api.dialect import Dialect, Json
+from pyllama_dist.api.dialect import Dialect, Json, named_event
 from pyllama_dist.api.prompts import prompt_of
 from pyllama_dist.api.service import Service
 from pyllama_dist.text.events import (
@@ -194,17 +193,12 @@ async def begin(service: Service, body: MessagesRequest, key: str, held: ExitSta
     return Message(f"msg_{secrets.token_hex(12)}", model, answer, body.max_tokens)
 
 
-def _event(event: Mapping[str, Any]) -> bytes:
-    """A server-sent event named by its type."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), msgspec.json.encode(event))
-
-
 DIALECT = Dialect(
     MessagesRequest,
     lambda body: 1,
     begin,
     error=error_object,
-    event=_event,
-    ping=_event({"type": "ping"}),
+    event=named_event,
+    ping=named_event({"type": "ping"}),
     last=b"",
 )

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -12,7 +12,7 @@ import msgspec
 
 from pyllama_dist.api.answer import Answer, Ended, Item, Piece, Ping
 from pyllama_dist.api.chat import begin_answer, logprobs_json
-from pyllama_dist.api.dialect import Dialect, Json, data_event
+from pyllama_dist.api.dialect import Dialect, Json, named_event
 from pyllama_dist.api.errors import ApiError
 from pyllama_dist.api.responses.conversation import chat_request, functions
 from pyllama_dist.api.responses.output import Output, event
@@ -149,9 +149,4 @@ def _fixed(parts: ModelParts, model: str, body: ResponsesRequest) -> Json:
     }
 
 
-def _event(told: Mapping[str, Any]) -> bytes:
-    """A server-sent event; what nobody foresaw has no type."""
-    return b"event: %b\n%b" % (told.get("type", "error").encode(), data_event(told))
-
-
-DIALECT = Dialect(ResponsesRequest, lambda body: 1, begin, event=_event, last=b"")
+DIALECT = Dialect(ResponsesRequest, lambda body: 1, begin, event=named_event, last=b"")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from pyllama_dist import errors, interrupt
+from pyllama_dist import errors
 from pyllama_dist.net import frames as wire
 from pyllama_dist.net.messages import Message
 from pyllama_dist.net.transport import Raw
@@ -142,12 +142,8 @@ def poll(watched: Sequence[Watched], deadline: float | None) -> set[Socket]:
 
     Waits in short naps: a signal that comes just before a wait begins does not end it, and is seen
     only when the wait is over.
-
-    Raises:
-        KeyboardInterrupt: one was raised before, and got lost.
     """
     while True:
-        interrupt.check()
         left = _NAP if deadline is None else min(_NAP, max(0.0, deadline - time.monotonic()))
         ready = {id(socket) for socket, _ in zmq.zmq_poll(list(watched), math.ceil(left * 1000))}
         if ready or (deadline is not None and time.monotonic() >= deadline):
